@@ -1,0 +1,42 @@
+# Everything a fresh checkout needs: `make demo`, `make test`. Nothing is installed outside .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A machine with an NVIDIA driver takes torch's CUDA build; every other one the tested CPU versions of constraints.txt.
+comma := ,
+INSTALL := $(if $(shell command -v nvidia-smi 2>/dev/null),-e .[cuda$(comma)dev],-c constraints.txt -e .[dev])
+
+.PHONY: setup demo test test-unit check format bench clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; run make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(INSTALL)
+	touch $@
+
+demo: setup
+	$(BIN)/accelerate launch --quiet aullm_dist/train.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-unit: setup
+	$(BIN)/python -m pytest tests/unit
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	$(BIN)/python benchmarks/packed_step.py --json build/bench/packed_step.json
+	$(BIN)/python benchmarks/prepare.py --json build/bench/prepare.json
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

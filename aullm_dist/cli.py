@@ -1,0 +1,59 @@
+"""The `aullm-dist` command: parses, then imports the command that was asked for."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from aullm_dist import __version__, log
+from aullm_dist.errors import UserError
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `aullm-dist` and return its exit code: 0, or 2 with one line on stderr for a mistake in the input."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    log.set_up()
+    try:
+        return args.run_command(args)
+    except UserError as error:
+        sys.stderr.write(f"aullm-dist: error: {error}\n")
+        return UserError.EXIT_CODE
+    except KeyboardInterrupt:
+        sys.stderr.write("aullm-dist: interrupted\n")
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser with every command."""
+    # These modules import nothing heavy themselves, so that `--help` answers at once.
+    from aullm_dist.config_cli import add_config_arguments, run_config
+    from aullm_dist.data.prepare_cli import add_prepare_arguments, run_prepare
+    from aullm_dist.data.synthesize_cli import add_synthesize_arguments, run_synthesize
+    from aullm_dist.evaluation.evaluate_cli import add_evaluate_arguments, run_evaluate
+    from aullm_dist.training.checkpoint_cli import add_checkpoint_arguments, run_checkpoint_verify
+
+    parser = argparse.ArgumentParser(
+        prog="aullm-dist",
+        description="Distributed training of AULLM++: action unit detection in micro-expression clips with LLMs.",
+        epilog="Training: accelerate launch aullm_dist/train.py [--config FILE] [section.key=value ...]",
+    )
+    parser.add_argument("--version", action="version", version=f"aullm-dist {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, help_text: str, add_arguments: Callable[[argparse.ArgumentParser], None], run: Command) -> None:
+        command = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+        add_arguments(command)
+        command.set_defaults(run_command=run)
+
+    add("prepare", "turn a raw corpus release into a checked dataset", add_prepare_arguments, run_prepare)
+    add("synthesize", "write a synthetic corpus in a real layout", add_synthesize_arguments, run_synthesize)
+    add("config", "print every setting, or check a run file", add_config_arguments, run_config)
+    add("evaluate", "print and write the tables of a run", add_evaluate_arguments, run_evaluate)
+    add("checkpoint", "inspect checkpoints", add_checkpoint_arguments, run_checkpoint_verify)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Checks of a configuration beyond types: ranges, and combinations that cannot work."""
+
+from collections.abc import Callable
+
+from aullm_dist.config.schema import Config
+from aullm_dist.errors import UserError
+
+_POSITIVE = (
+    "model.llm_hidden model.llm_layers model.lora_rank model.lora_alpha model.evidence_heads model.graph_width "
+    "model.graph_heads model.graph_layers data.synthetic_clips data.synthetic_amplitude training.epochs "
+    "training.global_batch training.micro_batch training.lr_lora training.lr_new training.lr_led training.clip_norm "
+    "training.max_bad_steps training.evaluate_every_epochs training.keep_checkpoints monitor.log_every_steps"
+).split()
+_POSITIVE_OR_NULL = (
+    "data.synthetic_frames training.max_steps training.processes training.cpu_threads training.save_every_steps".split()
+)
+_NOT_NEGATIVE = (
+    "model.suffixes_per_row data.workers data.synthetic_seed counterfactual.branches "
+    "counterfactual.structure_weight counterfactual.appearance_weight counterfactual.neutral_weight "
+    "counterfactual.contradiction_weight training.seed training.weight_decay "
+    "training.asl_gamma_negative training.asl_gamma_positive training.graph_weight"
+).split()
+_SHARES = (
+    "model.lora_dropout model.dropout data.inner_fraction data.cut_fraction data.synthetic_balance "
+    "counterfactual.structure_probability counterfactual.structure_edges counterfactual.appearance_probability "
+    "counterfactual.neutral_probability counterfactual.contradiction_margin "
+    "training.warmup_fraction training.min_lr_fraction training.asl_margin"
+).split()
+
+
+def check(config: Config) -> None:
+    """Refuse values and combinations that cannot work.
+
+    Raises:
+        UserError: one line with the key, what it is and what is allowed.
+    """
+    _require(config, _POSITIVE, lambda v: v > 0, "a number above 0")
+    _require(config, _POSITIVE_OR_NULL, lambda v: v is None or v > 0, "a number above 0, or null")
+    _require(config, _NOT_NEGATIVE, lambda v: v >= 0, "0 or more")
+    _require(config, _SHARES, lambda v: 0 <= v <= 1, "a share between 0 and 1")
+    _require(config, ["model.lora_dropout", "model.dropout"], lambda v: v < 1, "a share below 1")
+    _require(config, ["data.inner_fraction"], lambda v: v <= 0.5, "a share between 0 and 0.5")
+    _require(config, ["data.cut_fraction"], lambda v: v <= 0.4, "a share between 0 and 0.4")
+    _require(config, ["data.num_frames"], lambda v: v >= 2, "2 or more, as movement needs two frames")
+    _require(config, ["data.folds", "data.synthetic_subjects"], lambda v: v >= 2, "2 or more")
+    _require(config, ["data.size"], lambda v: 32 <= v <= 512, "a side of 32 to 512 pixels")
+    _require(config, ["data.fold"], lambda v: v is None or v >= 0, "a fold number from 0, or null for all folds")
+    _check_model(config)
+    _check_data(config)
+    _check_counterfactual(config)
+    _check_batch(config)
+
+
+def _get(config: Config, name: str) -> object:
+    group, key = name.split(".")
+    return getattr(getattr(config, group), key)
+
+
+def _require(config: Config, names: list[str], accepts: Callable[..., bool], allowed: str) -> None:
+    for name in names:
+        value = _get(config, name)
+        # NaN fails every comparison, so it is refused here as well.
+        if not accepts(value):
+            raise UserError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    if model.llm_hidden % 32:
+        raise UserError(f"model.llm_hidden is {model.llm_hidden}; allowed: a multiple of 32")
+    if not model.structure and model.training_statistics:
+        raise UserError("model.training_statistics needs model.structure: true; there is no graph to start")
+    if model.llm == "none" and model.readout != "last":
+        raise UserError("model.readout is 'per_au' with model.llm: none; allowed: last, as there are no tokens to read")
+    if not model.lora_targets:
+        raise UserError("model.lora_targets is empty; allowed: [all-linear] or names of linear layers such as [q_proj]")
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    if data.protocol == "cross" and not (data.train and data.test):
+        raise UserError("data.protocol is 'cross'; data.train and data.test must each name a prepared dataset")
+    if data.test and data.protocol != "cross":
+        raise UserError(f"data.test is given with data.protocol: {data.protocol}; allowed with protocol: cross only")
+    if data.protocol == "all" and data.fold not in (None, 0):
+        raise UserError(f"data.fold is {data.fold} with data.protocol: all; allowed: null, as there is one fold")
+    if data.protocol == "grouped" and data.fold is not None and data.fold >= data.folds:
+        raise UserError(f"data.fold is {data.fold}; allowed: 0 to {data.folds - 1} with data.folds: {data.folds}")
+    if len(set(data.aus)) != len(data.aus):
+        raise UserError(f"data.aus is {data.aus}; allowed: each AU once")
+
+
+def _check_counterfactual(config: Config) -> None:
+    counterfactual = config.counterfactual
+    if not counterfactual.enabled:
+        return
+    chances = [
+        counterfactual.structure_probability if config.model.structure and config.model.llm != "none" else 0.0,
+        counterfactual.appearance_probability,
+        counterfactual.neutral_probability,
+    ]
+    possible = sum(chance > 0 for chance in chances)
+    if counterfactual.branches > possible:
+        raise UserError(
+            f"counterfactual.branches is {counterfactual.branches}, but {possible} interventions have a chance; "
+            f"allowed: 0 to {possible} (structure needs model.structure and an LLM)"
+        )
+
+
+def _check_batch(config: Config) -> None:
+    training = config.training
+    per_step = training.micro_batch * (training.processes or 1)
+    if training.global_batch % per_step:
+        raise UserError(
+            f"training.global_batch is {training.global_batch}; allowed: a multiple of micro_batch x processes = "
+            f"{per_step}"
+        )

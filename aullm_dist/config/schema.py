@@ -1,0 +1,173 @@
+"""The dataclasses of a run's configuration; the attribute text under a field is its documentation."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The network: backbone LLM, LoRA, projector, AU graph and read-out."""
+
+    llm: str = "tiny"
+    """Hugging Face name or local folder of a decoder, `tiny` (built locally) or `none` (the `led_cnn` baseline)."""
+    llm_architecture: Literal["llama", "qwen3"] = "llama"
+    """Architecture of the `tiny` backbone; ignored with a warning for any other backbone."""
+    llm_hidden: int = 128
+    """Width of the `tiny` backbone."""
+    llm_layers: int = 4
+    """Decoder layers of the `tiny` backbone."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    trust_remote_code: bool = False
+    """Run model code that ships with a checkpoint. Off, because it executes what the publisher wrote."""
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Linear layers that get LoRA: `all-linear`, or module names such as `q_proj`."""
+    activation_checkpointing: bool = False
+    """Recompute the decoder's activations in the backward pass: less memory, about a third more time."""
+    readout: Literal["last", "per_au"] = "last"
+    packing: bool = True
+    """One shared-prefix sequence per step (true) or one padded row per branch (false, the reference path)."""
+    suffixes_per_row: int = 0
+    """Suffixes in one packed row; 0 puts the whole micro-batch into one row."""
+    evidence: Literal["full", "mid_only", "high_only", "no_attention"] = "full"
+    """What the content token is made of; all but `full` are ablations."""
+    evidence_heads: int = 4
+    structure: bool = True
+    """Whether the R-AUGNN and its instruction token are there; false is an ablation."""
+    graph_width: int = 64
+    graph_heads: int = 4
+    graph_layers: int = 2
+    training_statistics: bool = False
+    """Start the edge strengths from the training fold's co-activations instead of the literature alone."""
+    dropout: float = 0.1
+    """Dropout of visual backbone, projector and graph."""
+    kernels: Literal["auto", "triton", "torch", "interpret"] = "auto"
+    """Implementation of evidence_pool and graph_attention."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Corpora, protocol and the way clips become tensors."""
+
+    train: list[str] = field(default_factory=list)
+    """Prepared dataset folders (`aullm-dist prepare`). Empty: a synthetic corpus is generated below the run folder."""
+    test: list[str] = field(default_factory=list)
+    """Prepared dataset folders of the target corpus; for `protocol: cross` only."""
+    protocol: Literal["loso", "grouped", "cross", "all"] = "loso"
+    fold: int | None = None
+    """Train this fold only; null trains all folds one after another."""
+    folds: int = 5
+    """Number of folds of `protocol: grouped`."""
+    aus: list[int] = field(default_factory=list)
+    """AUs under test; empty takes the field's set for the corpora."""
+    inner_fraction: float = 0.15
+    """Share of a fold's training subjects held out to choose decision thresholds."""
+    num_frames: int = 6
+    size: int = 64
+    """Image side in pixels; prepared datasets must have been written with the same `--size`."""
+    cut_fraction: float = 0.2
+    """Training clips lose at most this share of their frames at either end, drawn anew each epoch."""
+    augment: bool = True
+    """Random temporal cut, small shift and gain of training clips."""
+    shuffle_labels: bool = False
+    """Negative control: gives each training clip the labels of another. Scores must then fall to the floors."""
+    workers: int = 2
+    """Loader processes per rank; 0 loads in the training process."""
+    synthetic_corpus: Literal["casme2", "samm", "4dme"] = "casme2"
+    synthetic_subjects: int = 20
+    synthetic_clips: int = 12
+    """Clips per synthetic subject."""
+    synthetic_amplitude: float = 3.0
+    """Peak movement of the synthetic faces in % of face width; smaller is harder."""
+    synthetic_frames: int | None = None
+    """Fewest frames of a synthetic clip, the longest having twice as many; null takes the corpus's own clip lengths."""
+    synthetic_balance: float = 0.5
+    """0: AU combinations about as frequent as in the real corpus; 1: all AUs about equally frequent."""
+    synthetic_shift: Literal["none", "corpus", "vignette_banding"] = "corpus"
+    synthetic_seed: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class CounterfactualConfig:
+    """Counterfactual Consistency Regularization: interventions, their chances and weights."""
+
+    enabled: bool = True
+    branches: int = 2
+    """Different interventions drawn per clip and step, at most as many as have a probability above 0."""
+    structure_probability: float = 1.0
+    structure_weight: float = 0.5
+    structure_edges: float = 0.15
+    """Largest share of the prior's edges that one structure intervention cuts or rewires."""
+    appearance_probability: float = 1.0
+    appearance_weight: float = 0.5
+    neutral_probability: float = 1.0
+    neutral_weight: float = 0.5
+    contradiction_weight: float = 0.5
+    """Weight of the crossed pairs that make the LLM use both tokens; 0 leaves them out."""
+    contradiction_margin: float = 0.1
+    """Probability by which a structure must count more on matching than on neutral evidence."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingConfig:
+    """Optimisation, precision, checkpoints and the run folder."""
+
+    output: str = "runs/demo"
+    seed: int = 0
+    epochs: int = 30
+    max_steps: int | None = None
+    """Stop after this many optimizer steps in each fold, whatever `epochs` says."""
+    global_batch: int = 16
+    """Clips per optimizer step over all processes; micro-batch x processes x accumulation."""
+    micro_batch: int = 16
+    """Clips per forward pass of one process."""
+    processes: int | None = None
+    """Processes the run must have; null accepts what the launcher started."""
+    cpu_threads: int | None = None
+    """Threads of one process on a CPU machine; null shares the cores among the processes of the machine."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    lr_lora: float = 3e-4
+    lr_new: float = 1e-3
+    """Learning rate of visual backbone, projector, graph and read-out."""
+    lr_led: float = 1e-2
+    """Learning rate of the few parameters of the Eulerian dynamics."""
+    weight_decay: float = 0.01
+    warmup_fraction: float = 0.05
+    min_lr_fraction: float = 0.05
+    clip_norm: float = 1.0
+    asl_gamma_negative: float = 2.0
+    asl_gamma_positive: float = 0.0
+    asl_margin: float = 0.05
+    graph_weight: float = 0.3
+    """Weight of the auxiliary per-AU loss on the graph's nodes."""
+    max_bad_steps: int = 3
+    """Consecutive steps with a non-finite loss or gradient that are skipped before the run stops."""
+    evaluate_every_epochs: int = 5
+    save_every_steps: int | None = None
+    """Write a checkpoint this often; null writes one per evaluation."""
+    keep_checkpoints: int = 2
+    baseline: bool = False
+    """Also train the no-LLM baseline `led_cnn` on the same folds, below the run folder."""
+    deterministic: bool = True
+    """Ask torch for deterministic algorithms; a resumed CPU run is then bit-identical."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MonitorConfig:
+    """TensorBoard and console."""
+
+    tensorboard: bool = True
+    log_every_steps: int = 5
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """The whole configuration of a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    counterfactual: CounterfactualConfig = field(default_factory=CounterfactualConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)

@@ -1,0 +1,66 @@
+"""`aullm-dist config`: every setting with its default and meaning, or a run file checked and resolved."""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+
+import yaml
+
+from aullm_dist.config import Config, find_config, load, to_dict
+from aullm_dist.config import schema as schema_module
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `aullm-dist config`."""
+    parser.add_argument(
+        "file", nargs="?", metavar="FILE", help="run file, or the name of a shipped one, to check and print"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the run file")
+
+
+def run_config(args: argparse.Namespace) -> int:
+    """Print the settings, or the resolved run file, and return the exit code.
+
+    Raises:
+        UserError: the run file or an override cannot be used.
+    """
+    if args.file is None:
+        sys.stdout.write(describe_settings())
+    else:
+        config = load(find_config(args.file), args.overrides)
+        sys.stdout.write(yaml.safe_dump(to_dict(config), sort_keys=False))
+    return 0
+
+
+def describe_settings() -> str:
+    """Return every setting as `group.key = default` with its type and documentation."""
+    lines = []
+    for group in dataclasses.fields(Config):
+        group_class = getattr(schema_module, _type_name(group.type))
+        lines.append(f"{group.name}: {inspect.getdoc(group_class)}")
+        documents = _attribute_documents(group_class)
+        for field, default in zip(dataclasses.fields(group_class), dataclasses.astuple(group_class()), strict=True):
+            kind = _type_name(field.type).replace("Literal[", "[").replace("typing.", "")
+            lines.append(f"  {group.name}.{field.name} = {yaml.safe_dump(default).splitlines()[0]}   ({kind})")
+            if field.name in documents:
+                text = textwrap.fill(documents[field.name], 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+                lines.append(text)
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _type_name(kind: object) -> str:
+    return kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
+
+
+def _attribute_documents(group_class: type) -> dict[str, str]:
+    """Read the strings that stand under the fields in the source, where they are written once."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(group_class))).body
+    documents = {}
+    for statement, following in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            documents[statement.target.id] = " ".join(following.value.value.split())
+    return documents

@@ -1,0 +1,1 @@
+"""Corpora on disk, their annotations, and the prepared datasets made from them."""

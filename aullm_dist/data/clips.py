@@ -1,0 +1,130 @@
+"""Prepared clips as arrays: loading, views of fixed samples, temporal sampling and augmentation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from aullm_dist.data.protocols import SampleInfo
+from aullm_dist.errors import UserError
+
+_COLUMNS = set("sample_id corpus subject aus num_frames height width frame_numbers frames".split())
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One decoded clip: gray frames `[T, H, W]` uint8 and their file frame numbers `[T]`."""
+
+    sample_id: str
+    frames: np.ndarray
+    frame_numbers: np.ndarray
+
+
+class ClipStore:
+    """All prepared clips of a run, addressed by sample id.
+
+    Args:
+        folders: folders written by `aullm-dist prepare`.
+        size: image side in pixels that the run expects.
+
+    Raises:
+        UserError: a folder is missing, is no prepared dataset, has another image size, or repeats a sample id.
+    """
+
+    def __init__(self, folders: Sequence[str | Path], size: int) -> None:
+        import datasets
+
+        parts = []
+        for folder in map(Path, folders):
+            if not (folder / "dataset_info.json").is_file():
+                raise UserError(f"{folder}: no prepared dataset; write one with aullm-dist prepare CORPUS --out DIR")
+            part = datasets.load_from_disk(str(folder))
+            missing = _COLUMNS - set(part.column_names)
+            if missing:
+                raise UserError(f"{folder}: column {sorted(missing)[0]!r} is missing; prepare the corpus again")
+            if len(part) == 0:
+                raise UserError(f"{folder}: holds no clip; see its report.json for what was skipped and why")
+            if (part[0]["height"], part[0]["width"]) != (size, size):
+                raise UserError(
+                    f"{folder}: clips are {part[0]['width']}x{part[0]['height']} pixels, data.size is {size}; "
+                    f"set data.size or prepare again with --size {size}"
+                )
+            parts.append(part)
+        self._table = datasets.concatenate_datasets(parts)
+        self.samples: tuple[SampleInfo, ...] = tuple(
+            SampleInfo(sample_id=row["sample_id"], subject=row["subject"], corpus=row["corpus"], aus=tuple(row["aus"]))
+            for row in self._table.select_columns(["sample_id", "subject", "corpus", "aus"])
+        )
+        self._rows = {sample.sample_id: row for row, sample in enumerate(self.samples)}
+        if len(self._rows) != len(self.samples):
+            raise UserError(f"{folders[-1]}: a sample id occurs twice over the given datasets; name each dataset once")
+
+    def view(self, sample_ids: Sequence[str]) -> "ClipView":
+        """Return the part of the store that holds `sample_ids`, in that order."""
+        return ClipView(self._table.select([self._rows[i] for i in sample_ids]), [self._info(i) for i in sample_ids])
+
+    def _info(self, sample_id: str) -> SampleInfo:
+        return self.samples[self._rows[sample_id]]
+
+
+class ClipView:
+    """A fixed set of clips with their labels; nothing outside the set can be reached through it."""
+
+    def __init__(self, table: object, samples: Sequence[SampleInfo]) -> None:
+        self._table = table
+        self.samples = tuple(samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def clip(self, index: int) -> Clip:
+        """Decode clip `index` of this view."""
+        row = self._table[index]
+        shape = (row["num_frames"], row["height"], row["width"])
+        frames = np.frombuffer(row["frames"], dtype=np.uint8).reshape(shape)
+        return Clip(row["sample_id"], frames, np.asarray(row["frame_numbers"], dtype=np.int64))
+
+    def labels(self, aus: Sequence[int]) -> np.ndarray:
+        """Return `[N, A]` float32, 1 where the AU is active."""
+        return np.array([[float(au in sample.aus) for au in aus] for sample in self.samples], dtype=np.float32)
+
+
+def sample_frames(clip: Clip, num_frames: int, cut: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
+    """Sample `num_frames` frames uniformly in time over onset..offset.
+
+    Times are file frame numbers, so dropped frames leave no jump. A clip with fewer frames than asked is interpolated
+    linearly in time; otherwise the nearest stored frame is taken.
+
+    Args:
+        clip: the decoded clip.
+        num_frames: T.
+        cut: shares of the duration left out at the start and at the end.
+
+    Returns:
+        `[T, H, W]` float32 in 0..1.
+    """
+    numbers = clip.frame_numbers
+    first, last = float(numbers[0]), float(numbers[-1])
+    duration = last - first
+    times = np.linspace(first + cut[0] * duration, last - cut[1] * duration, num_frames)
+    right = np.clip(np.searchsorted(numbers, times), 1, max(len(numbers) - 1, 1)) if len(numbers) > 1 else None
+    if right is None:
+        return np.repeat(clip.frames, num_frames, axis=0).astype(np.float32) / 255.0
+    left = right - 1
+    weight = (times - numbers[left]) / (numbers[right] - numbers[left])
+    if len(numbers) >= num_frames:
+        weight = np.round(weight)
+    weight = weight.astype(np.float32)[:, None, None]
+    frames = clip.frames[left] * (1.0 - weight) + clip.frames[right] * weight
+    return (frames / np.float32(255.0)).astype(np.float32)
+
+
+def augment(clip: np.ndarray, rng: np.random.Generator, max_shift: int = 3) -> np.ndarray:
+    """Move the whole clip by up to `max_shift` pixels and scale its brightness, the same for all frames `[T, H, W]`."""
+    rows, columns = rng.integers(-max_shift, max_shift + 1, size=2)
+    padded = np.pad(clip, [(0, 0), (max_shift, max_shift), (max_shift, max_shift)], mode="edge")
+    height, width = clip.shape[1:]
+    top, left = max_shift + rows, max_shift + columns
+    moved = padded[:, top : top + height, left : left + width]
+    return np.clip(moved * np.float32(rng.uniform(0.9, 1.1)), 0.0, 1.0).astype(np.float32)

@@ -1,0 +1,140 @@
+"""Clips to Arrow shards: the unit of work of `prepare`, done by one worker and kept across interruptions.
+
+A shard's file name carries the hash of everything that its content depends on (clips, files with size and time,
+picture size, crop), so a finished shard found on disk is either exactly the one wanted or not looked at.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+
+from aullm_dist.data.frames import CROPS, load_clip
+from aullm_dist.errors import UserError
+
+__all__ = ["MIN_FRAMES", "SCHEMA", "BadClips", "ClipPlan", "ShardTask", "run_shard", "shard_key", "shard_paths"]
+
+BadClips = Literal["stop", "repair", "skip"]
+
+# Movement needs two frames.
+MIN_FRAMES = 2
+
+# Raise when what a shard holds changes, so that shards and datasets of older versions are not taken for new ones.
+FORMAT = 1
+
+SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("corpus", pa.string()),
+        ("subject", pa.string()),
+        ("onset", pa.int32()),
+        ("apex", pa.int32()),
+        ("offset", pa.int32()),
+        ("fps", pa.float32()),
+        ("aus", pa.list_(pa.int32())),
+        ("emotion", pa.string()),
+        ("num_frames", pa.int32()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("frame_numbers", pa.list_(pa.int32())),
+        ("frames", pa.binary()),
+    ]
+)
+"""Columns of a prepared dataset; `frames` holds raw uint8 gray, `num_frames * height * width` bytes in C order."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClipPlan:
+    """A clip to be decoded: its label columns and its frame files, ascending."""
+
+    labels: dict[str, object]
+    numbers: tuple[int, ...]
+    files: tuple[Path, ...]
+
+    @property
+    def sample_id(self) -> str:
+        return str(self.labels["sample_id"])
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """What a worker needs to make one shard in `folder`."""
+
+    folder: Path
+    key: str
+    clips: tuple[ClipPlan, ...]
+    size: int
+    crop: str
+    bad_clips: BadClips
+
+
+def shard_key(clips: Sequence[ClipPlan], *, size: int, crop: str, bad_clips: BadClips) -> str:
+    """Return the hash of all that a shard's content depends on; files count by name, size and time of change."""
+    digest = hashlib.sha256(json.dumps([FORMAT, size, crop, bad_clips]).encode())
+    for clip in clips:
+        stats = [(file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in clip.files]
+        digest.update(json.dumps([clip.labels, clip.numbers, stats]).encode())
+    return digest.hexdigest()[:20]
+
+
+def shard_paths(folder: Path, key: str) -> tuple[Path, Path]:
+    """Return the Arrow file and the summary of a shard; the shard is finished once the summary exists."""
+    return folder / f"{key}.arrow", folder / f"{key}.json"
+
+
+def run_shard(task: ShardTask) -> int:
+    """Decode the clips of a task and write its shard; returns the number of clips that were worked on.
+
+    Raises:
+        UserError: A frame cannot be read and bad clips stop the preparation.
+    """
+    arrow_path, summary_path = shard_paths(task.folder, task.key)
+    rows: list[dict[str, object]] = []
+    notes: list[tuple[str, str, str]] = []
+    for clip in task.clips:
+        row, kind, text = _decode(clip, task)
+        if row:
+            rows.append(row)
+        if text:
+            notes.append((kind, clip.sample_id, text))
+    # The process id keeps two preparations of one folder from writing into one file.
+    partial = arrow_path.with_suffix(f".{os.getpid()}.tmp")
+    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        for row in rows:
+            writer.write_batch(pa.RecordBatch.from_pylist([row], schema=SCHEMA))
+    os.replace(partial, arrow_path)
+    counted = [{key: row[key] for key in ("sample_id", "subject", "aus", "emotion", "num_frames")} for row in rows]
+    partial.write_text(json.dumps({"clips": counted, "notes": notes}))
+    os.replace(partial, summary_path)
+    return len(task.clips)
+
+
+def _decode(clip: ClipPlan, task: ShardTask) -> tuple[dict[str, object] | None, str, str]:
+    """Return the row of a clip or None, and what was done about unreadable frames (kind and text, or empty)."""
+    stack, failures = load_clip(clip.files, size=task.size, crop=CROPS[task.crop])
+    kind, text = "", ""
+    if failures:
+        more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
+        text = failures[0][1] + more
+        if task.bad_clips == "stop":
+            raise UserError(f"{clip.sample_id}: {text}; replace the file, or use --bad-clips repair|skip")
+        if task.bad_clips == "skip" or len(stack) < MIN_FRAMES:
+            return None, "skipped", text
+        kind = "repaired"
+        text = f"{text}: kept with the {len(stack)} readable frames of {len(clip.files)}"
+    failed = {position for position, _ in failures}
+    numbers = [number for position, number in enumerate(clip.numbers) if position not in failed]
+    row = {
+        **clip.labels,
+        "num_frames": len(stack),
+        "height": task.size,
+        "width": task.size,
+        "frame_numbers": numbers,
+        "frames": stack.tobytes(),
+    }
+    return row, kind, text

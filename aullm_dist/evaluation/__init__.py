@@ -1,0 +1,1 @@
+"""Scores of held-out subjects: metrics, floors, thresholds, confidence intervals and their tables."""

@@ -1,0 +1,183 @@
+"""From a run folder to its metrics: read every fold's predictions, check, pool and score them, write the tables."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aullm_dist.data.protocols import Fold, FoldPlan, read_folds
+from aullm_dist.errors import UserError
+from aullm_dist.evaluation.bootstrap import subject_bootstrap
+from aullm_dist.evaluation.metrics import HEADLINE_THRESHOLD, logit_of, probability_of, summarise
+from aullm_dist.evaluation.tables import render
+from aullm_dist.evaluation.thresholds import choose_thresholds
+from aullm_dist.files import write_text
+from aullm_dist.training.predictions import (
+    Pooled,
+    Prediction,
+    PredictionFile,
+    find_predictions,
+    pool,
+    read_predictions,
+)
+
+
+def evaluate_run(
+    run_dir: Path | str, *, epoch: int | None = None, bootstrap: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """Score the pooled test predictions of a run and write `metrics.json`, `table.md` and `table.csv` into its folder.
+
+    Args:
+        run_dir: Folder with `folds.json` and `fold-*/predictions/`.
+        epoch: None takes each fold's last epoch, the only one that may be reported. A number is for looking at
+            training; its files bear the epoch in their names, so that they never replace the run's result.
+        bootstrap: Resamples of subjects for the confidence intervals; 0 leaves them out.
+        seed: Seed of the resampling.
+
+    Returns:
+        The contents of `metrics.json`, in fractions.
+
+    Raises:
+        UserError: If predictions are missing, malformed, overlapping or not those of `folds.json`, or the
+            folder cannot be written.
+    """
+    run_dir = Path(run_dir)
+    if bootstrap < 0 or seed < 0:
+        raise UserError(f"bootstrap {bootstrap}, seed {seed}: both must be at least 0")
+    paths = find_predictions(run_dir, epoch)
+    plan = read_folds(run_dir / "folds.json")
+    files = {index: read_predictions(path) for index, path in paths.items()}
+    _check_files(files, plan)
+    aus = plan.aus
+    tests = [row for file in files.values() for row in file.rows if row.role == "test"]
+    if not tests:
+        raise UserError(f"{run_dir}: no test predictions; protocol {plan.protocol} has nothing to evaluate here")
+    pooled = pool(tests)
+    predicted = pooled.logits > logit_of(HEADLINE_THRESHOLD)
+    metrics = {
+        "unit": "fraction",
+        "threshold": HEADLINE_THRESHOLD,
+        "threshold_policy": "fixed 0.5 on sigmoid(logit)",
+        "aus": list(aus),
+        **_describe(plan, files, pooled, epoch),
+        **summarise((pooled.labels, pooled.logits), aus),
+        "ci": subject_bootstrap(
+            pooled.labels, pooled.logits, predicted, pooled.subjects, aus, resamples=bootstrap, seed=seed
+        ),
+        "inner_thresholds": _score_inner(files, pooled, aus, bootstrap, seed),
+    }
+    suffix = "" if epoch is None else f"-epoch-{epoch:04d}"
+    outputs = {f"table{suffix}.md": "markdown", f"table{suffix}.csv": "csv", f"metrics{suffix}.json": "json"}
+    for name, fmt in outputs.items():
+        try:
+            write_text(run_dir / name, render(metrics, fmt))
+        except OSError as error:
+            raise UserError(f"{run_dir / name}: cannot be written ({error.strerror})") from None
+    return metrics
+
+
+def inner_thresholds(files: Mapping[int, PredictionFile]) -> dict[int, np.ndarray]:
+    """Return each fold's logit thresholds `[A]`, from its own inner rows; folds without inner rows are left out."""
+    chosen = {}
+    for index, file in files.items():
+        rows = [row for row in file.rows if row.role == "inner"]
+        if rows:
+            inner = pool(rows)
+            chosen[index] = choose_thresholds(inner.labels, inner.logits)
+    return chosen
+
+
+def _score_inner(
+    files: Mapping[int, PredictionFile], pooled: Pooled, aus: Sequence[int], bootstrap: int, seed: int
+) -> dict[str, Any] | None:
+    chosen = inner_thresholds(files)
+    if not chosen:
+        return None
+    default = np.zeros(len(aus))
+    predicted = pooled.logits > np.stack([chosen.get(fold, default) for fold in pooled.folds])
+    scores = summarise((pooled.labels, pooled.logits), aus, predicted=predicted)
+    as_probability = {index: probability_of(values).tolist() for index, values in sorted(chosen.items())}
+    keys = [f"AU{au}" for au in aus]
+    return {
+        "threshold_policy": "per fold and AU, highest f1_macro on the fold's own inner held-out subjects",
+        "mean": scores["mean"],
+        "per_au": {
+            key: {
+                **{name: scores["per_au"][key][name] for name in ("f1_binary", "f1_macro", "auc")},
+                "threshold_low": min(values[column] for values in as_probability.values()),
+                "threshold_high": max(values[column] for values in as_probability.values()),
+            }
+            for column, key in enumerate(keys)
+        },
+        "ci": subject_bootstrap(
+            pooled.labels, pooled.logits, predicted, pooled.subjects, aus, resamples=bootstrap, seed=seed
+        ),
+        "folds": {f"fold-{i:02d}": dict(zip(keys, v, strict=True)) for i, v in as_probability.items()},
+        "folds_without_inner": [f"fold-{index:02d}" for index in sorted(files) if index not in chosen],
+    }
+
+
+def _describe(plan: FoldPlan, files: Mapping[int, PredictionFile], pooled: Pooled, epoch: int | None) -> dict[str, Any]:
+    """Say what was scored, and in words whatever makes it less than the whole run."""
+    expected = [fold for fold in plan.folds if fold.test]
+    missing = [fold.name for fold in expected if fold.index not in files]
+    epochs = {index: file.epoch for index, file in sorted(files.items())}
+    notes = []
+    if missing:
+        here = f"{len(expected) - len(missing)} of {len(expected)} folds are here"
+        notes.append(f"{here}; the scores leave out {', '.join(missing)}")
+    if len(set(epochs.values())) > 1:
+        longest = max(epochs.values())
+        short = [f"fold-{index:02d} (epoch {done})" for index, done in epochs.items() if done < longest]
+        notes.append(f"folds ended at different epochs; behind epoch {longest}: {', '.join(short)}")
+    if epoch is not None:
+        notes.append(f"epoch {epoch} was chosen by hand: report the last epoch, or test labels choose the epoch")
+    return {
+        "protocol": plan.protocol,
+        "corpora": list(plan.corpora),
+        "num_clips": len(pooled.sample_ids),
+        "num_subjects": len(set(pooled.subjects)),
+        "folds": {"expected": len(expected), "present": len(expected) - len(missing), "missing": missing},
+        "epochs": {f"fold-{index:02d}": done for index, done in epochs.items()},
+        "notes": notes,
+    }
+
+
+def _check_files(files: Mapping[int, PredictionFile], plan: FoldPlan) -> None:
+    """Check all files against each other and against `folds.json`."""
+    labels: dict[str, Prediction] = {}
+    tested_in: dict[str, int] = {}
+    for index, file in sorted(files.items()):
+        if index >= len(plan.folds):
+            raise UserError(f"{file.path}: folds.json has no fold {index}; it has {len(plan.folds)} fold(s)")
+        if file.aus != plan.aus:
+            raise UserError(f"{file.path}: AUs {list(file.aus)}; folds.json has {list(plan.aus)}")
+        _check_rows(file, plan.folds[index])
+        for row in file.rows:
+            known = labels.setdefault(row.sample_id, row)
+            if (known.labels, known.subject, known.corpus) != (row.labels, row.subject, row.corpus):
+                raise UserError(
+                    f"{file.path}: {row.sample_id} has other labels or another subject than in fold {known.fold}"
+                )
+            if row.role == "test" and tested_in.setdefault(row.subject, index) != index:
+                raise UserError(
+                    f"{file.path}: subject {row.subject} is also tested in fold {tested_in[row.subject]}; "
+                    "all clips of a subject belong to one fold"
+                )
+
+
+def _check_rows(file: PredictionFile, fold: Fold) -> None:
+    for row in file.rows:
+        if row.fold != fold.index:
+            raise UserError(f"{file.path}: {row.sample_id} says fold {row.fold}, the file lies in fold {fold.index}")
+    for role, planned in (("test", set(fold.test)), ("inner", set(fold.inner))):
+        present = set(pool(row for row in file.rows if row.role == role).sample_ids)
+        if foreign := sorted(present - planned):
+            raise UserError(f"{file.path}: {foreign[0]} is no {role} clip of fold {fold.index} in folds.json")
+        # A clip that silently drops out would be neither right nor wrong. Inner rows are optional as a whole.
+        if (role == "test" or present) and (lost := sorted(planned - present)):
+            raise UserError(f"{file.path}: {len(lost)} of {len(planned)} {role} clips have no row, first {lost[0]}")
+    sides = [{row.subject for row in file.rows if row.role == role} for role in ("test", "inner")]
+    if both := sorted(sides[0] & sides[1]):
+        raise UserError(f"{file.path}: subject {both[0]} is both test and inner; thresholds would see the test side")

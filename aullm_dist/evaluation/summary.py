@@ -1,0 +1,65 @@
+"""What a run prints when it ends: the table, the comparison with its parts taken away, and what to do next."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from aullm_dist.config import Config
+from aullm_dist.evaluation.evaluate import evaluate_run
+from aullm_dist.evaluation.metrics import mean_of
+from aullm_dist.evaluation.tables import render
+
+
+def print_summary(run: Path, config: Config) -> None:
+    """Score a finished run and print it; a run without a test side only says where its checkpoints lie."""
+    out = sys.stdout.write
+    if config.data.protocol != "all":
+        metrics = evaluate_run(run)
+        out("\n" + render(metrics, "text") + "\n")
+        _write_comparison(run, metrics)
+    out(f"Run folder   {run}\n")
+    out(f"Checkpoints  {run}/fold-*/checkpoints\n")
+    if config.monitor.tensorboard:
+        out(f"TensorBoard  {run}/tensorboard   (tensorboard --logdir {run}/tensorboard)\n")
+    if config.data.protocol != "all":
+        out(f"Numbers      {run}/metrics.json, table.md, table.csv\n")
+    out(_next_steps(run, config))
+
+
+def _write_comparison(run: Path, metrics: dict[str, Any]) -> None:
+    """Print the full model beside itself without CT, without IT, and beside the no-LLM baseline."""
+    out = sys.stdout.write
+    rows = [("AULLM++" if _sensitivities(run) else "led_cnn", metrics["mean"]["f1_macro"], "")]
+    sensitivities = _sensitivities(run)
+    for token, name in (("content", "content token (CT)"), ("instruction", "instruction token (IT)")):
+        if sensitivities:
+            change = mean_of([s[token]["mean_abs_change"] for s in sensitivities])
+            score = mean_of([s[token]["f1_macro"] for s in sensitivities])
+            rows.append((f"  with the {name} zeroed", score, f"answers move by {change:.3f} on average"))
+    baseline = run / "baseline"
+    if (baseline / "folds.json").exists():
+        rows.append(("no-LLM baseline (led_cnn)", evaluate_run(baseline)["mean"]["f1_macro"], "same folds and epochs"))
+    rows.append(("floor: never predicting an AU", metrics["floors"]["f1_macro"], ""))
+    if len(rows) > 2:
+        out("Mean f1_macro, in percent\n")
+        for name, score, remark in rows:
+            out(f"  {name:<40}{100 * score:6.1f}  {remark}".rstrip() + "\n")
+        if len(sensitivities) > 1:
+            out("  (zeroed tokens: mean over folds, not pooled)\n")
+        out("\n")
+
+
+def _sensitivities(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("fold-*/sensitivity.json"))]
+
+
+def _next_steps(run: Path, config: Config) -> str:
+    if config.data.train:
+        return f"\nNext: aullm-dist evaluate {run}\n"
+    return (
+        "\nThe corpus above is synthetic: it shows that the machinery works and says nothing about real faces. Next:\n"
+        "  aullm-dist prepare casme2 --root /path/to/CASME2 --out data/casme2      your licensed corpus\n"
+        "  accelerate launch aullm_dist/train.py --config casme2_loso model.llm=/path/to/your/llm\n"
+        f"  aullm-dist evaluate {run}                                          the tables again\n"
+    )

@@ -1,0 +1,204 @@
+"""Metrics as terminal text (at most 100 columns), Markdown, CSV or JSON.
+
+Text and Markdown are in percent with one decimal; CSV and JSON keep fractions and say so.
+"""
+
+import csv
+import io
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aullm_dist.errors import UserError
+from aullm_dist.facs import au_name
+
+FORMATS: tuple[str, ...] = ("text", "markdown", "csv", "json")
+# Named here and not taken from `metrics`, so that the command line can name the formats without numpy.
+METRICS: tuple[str, ...] = ("f1_binary", "f1_macro", "auc")
+WIDTH = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One table: sentences above it, the cells, sentences below it."""
+
+    title: tuple[str, ...]
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+
+
+def render(metrics: Mapping[str, Any], fmt: str) -> str:
+    """Render what `evaluate_run` returned, ending in a newline.
+
+    Raises:
+        UserError: If the format is unknown.
+    """
+    if fmt not in FORMATS:
+        raise UserError(f"format {fmt!r} is unknown; allowed are {', '.join(FORMATS)}")
+    if fmt == "json":
+        return json.dumps(metrics, indent=1, allow_nan=False) + "\n"
+    if fmt == "csv":
+        return _render_csv(metrics)
+    blocks = [_headline_block(metrics)]
+    if metrics["inner_thresholds"]:
+        blocks.append(_inner_block(metrics))
+    return "\n".join(map(_render_text if fmt == "text" else _render_markdown, blocks))
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _interval(pair: Sequence[float] | None) -> str:
+    return "-" if pair is None else f"{100 * pair[0]:.1f}-{100 * pair[1]:.1f}"
+
+
+def _describe(metrics: Mapping[str, Any]) -> str:
+    folds = metrics["folds"]
+    epochs = sorted(set(metrics["epochs"].values()))
+    span = f"epoch {epochs[0]}" if len(epochs) == 1 else f"epochs {epochs[0]} to {epochs[-1]}"
+    return (
+        f"Protocol {metrics['protocol']} on {', '.join(metrics['corpora'])}: {metrics['num_clips']} clips of "
+        f"{metrics['num_subjects']} subjects, {folds['present']} of {folds['expected']} folds pooled, {span}; "
+        "in percent."
+    )
+
+
+def _headline_block(metrics: Mapping[str, Any]) -> Block:
+    ci, per_au = metrics["ci"], metrics["per_au"]
+    rows = []
+    for au in metrics["aus"]:
+        row = per_au[f"AU{au}"]
+        interval = _interval(ci["per_au"][f"AU{au}"]["f1_macro"]) if ci else "-"
+        rows.append((au_name(au), str(row["support"]), *_score_cells(row, row["floors"]), interval))
+    support = str(sum(row["support"] for row in per_au.values()))
+    rows.append((f"mean of {len(per_au)} AUs", support, *_score_cells(metrics["mean"], metrics["floors"]), ""))
+    if ci:
+        binary, macro, area = (_interval(ci["mean"][metric]) for metric in METRICS)
+        rows.append(("95% CI of the mean", "", binary, "", macro, "", area, ""))
+    return Block(
+        title=("Held-out subjects, threshold fixed at 0.5 on sigmoid(logit)", _describe(metrics)),
+        header=("AU", "support", "f1_binary", "floor", "f1_macro", "floor", "auc", "f1_macro CI"),
+        rows=tuple(rows),
+        notes=tuple(_headline_notes(metrics)),
+    )
+
+
+def _score_cells(scores: Mapping[str, Any], floors: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        _percent(scores["f1_binary"]),
+        _percent(floors["f1_binary"]),
+        _percent(scores["f1_macro"]),
+        _percent(floors["f1_macro"]),
+        _percent(scores["auc"]),
+    )
+
+
+def _headline_notes(metrics: Mapping[str, Any]) -> list[str]:
+    random = metrics["floors"]["details"]["random"]["f1_macro"]
+    notes = [
+        "f1_binary: F1 of the positive class, floor = always predicting the AU. f1_macro: mean of the F1 of positives "
+        f"and of negatives, floor = never predicting the AU; random scores reach {_percent(random)}. auc: floor 50.0. "
+        "0/0 in an F1 counts as 0.",
+    ]
+    empty = [key for key, row in metrics["per_au"].items() if row["support"] == 0]
+    if empty:
+        notes.append(f"Without a positive clip: {', '.join(empty)}. In the mean of both F1, not in the mean of auc.")
+    full = [key for key, row in metrics["per_au"].items() if row["negatives"] == 0]
+    if full:
+        notes.append(f"Without a negative clip: {', '.join(full)}. In the mean of both F1, not in the mean of auc.")
+    ci = metrics["ci"]
+    if ci:
+        notes.append(f"95% CI: {ci['resamples']} resamples of {ci['num_subjects']} subjects, seed {ci['seed']}.")
+    if not metrics["inner_thresholds"]:
+        notes.append("No inner held-out subjects were predicted, so no thresholds could be chosen without test labels.")
+    return notes + [f"Note: {note}." for note in metrics["notes"]]
+
+
+def _inner_block(metrics: Mapping[str, Any]) -> Block:
+    inner = metrics["inner_thresholds"]
+    ci = inner["ci"]
+    rows = []
+    for au in metrics["aus"]:
+        row = inner["per_au"][f"AU{au}"]
+        span = f"{row['threshold_low']:.2f}-{row['threshold_high']:.2f}"
+        interval = _interval(ci["per_au"][f"AU{au}"]["f1_macro"]) if ci else "-"
+        rows.append((au_name(au), span, _percent(row["f1_binary"]), _percent(row["f1_macro"]), interval))
+    both = ("f1_binary", "f1_macro")
+    rows.append((f"mean of {len(inner['per_au'])} AUs", "", *(_percent(inner["mean"][name]) for name in both), ""))
+    if ci:
+        rows.append(("95% CI of the mean", "", *(_interval(ci["mean"][name]) for name in both), ""))
+    notes = [
+        "Floors and auc do not depend on thresholds: see the table above. An AU that the inner subjects show in one "
+        "class only keeps 0.5."
+    ]
+    if inner["folds_without_inner"]:
+        notes.append(f"Without inner subjects, hence at 0.5: {', '.join(inner['folds_without_inner'])}.")
+    return Block(
+        title=("Held-out subjects, thresholds chosen per fold and AU on inner held-out training subjects",),
+        header=("AU", "thresholds", "f1_binary", "f1_macro", "f1_macro CI"),
+        rows=tuple(rows),
+        notes=tuple(notes),
+    )
+
+
+def _render_text(block: Block) -> str:
+    table = [block.header, *block.rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(block.header))]
+    lines = [line for sentence in block.title for line in textwrap.wrap(sentence, WIDTH)]
+    for position, row in enumerate(table):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+        if position == 0:
+            lines.append("-" * len("  ".join(cells)))
+    lines += [line for sentence in block.notes for line in textwrap.wrap(sentence, WIDTH)]
+    return "\n".join(lines) + "\n"
+
+
+def _render_markdown(block: Block) -> str:
+    lines = [f"### {block.title[0]}", "", *(f"{sentence}\n" for sentence in block.title[1:])]
+    lines.append(f"| {' | '.join(block.header)} |")
+    lines.append(f"|---|{'---:|' * (len(block.header) - 1)}")
+    lines += [f"| {' | '.join(row)} |" for row in block.rows]
+    lines += ["", *(f"{sentence}  " for sentence in block.notes)]
+    return "\n".join(lines) + "\n"
+
+
+_CSV_HEADER = (
+    "thresholds", "unit", "au", "name", "support", "negatives", "f1_binary", "f1_binary_floor", "f1_binary_low",
+    "f1_binary_high", "f1_macro", "f1_macro_floor", "f1_macro_low", "f1_macro_high", "auc", "auc_floor", "auc_low",
+    "auc_high",
+)  # fmt: skip
+
+
+def _render_csv(metrics: Mapping[str, Any]) -> str:
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, _CSV_HEADER, restval="", lineterminator="\n")
+    writer.writeheader()
+    for policy, scores in (("fixed_0.5", metrics), ("inner", metrics["inner_thresholds"])):
+        if not scores:
+            continue
+        ci = scores["ci"] or {"mean": {}, "per_au": {}}
+        for au in metrics["aus"]:
+            key = f"AU{au}"
+            shared = metrics["per_au"][key]
+            counts = {"support": shared["support"], "negatives": shared["negatives"]}
+            cells = _csv_scores(scores["per_au"][key], shared["floors"], ci["per_au"].get(key, {}))
+            writer.writerow(
+                {"thresholds": policy, "unit": "fraction", "au": au, "name": au_name(au), **counts, **cells}
+            )
+        cells = _csv_scores(scores["mean"], metrics["floors"], ci["mean"])
+        writer.writerow({"thresholds": policy, "unit": "fraction", "au": "mean", "name": "mean over AUs", **cells})
+    return stream.getvalue()
+
+
+def _csv_scores(scores: Mapping[str, Any], floors: Mapping[str, Any], ci: Mapping[str, Any]) -> dict[str, str]:
+    cells = {}
+    for metric in METRICS:
+        low, high = ci.get(metric) or (None, None)
+        values = {"": scores[metric], "_floor": floors[metric], "_low": low, "_high": high}
+        cells.update({f"{metric}{end}": "" if value is None else f"{value:.6f}" for end, value in values.items()})
+    return cells

@@ -1,0 +1,134 @@
+"""Facts of the Facial Action Coding System (FACS) that data, model and evaluation share.
+
+Names and muscles follow FACS; the prototypes are those commonly cited as EMFACS, restricted to the AUs that
+micro-expression corpora code; each relation row carries its source. Nothing here is estimated from any corpus:
+statistics, where a run uses them, are computed from its training fold.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Relation = Literal["co-occur", "antagonist", "subset", "region", "self"]
+RELATIONS: tuple[Relation, ...] = ("co-occur", "antagonist", "subset", "region", "self")
+
+AU_NAMES: dict[int, str] = {
+    1: "Inner Brow Raiser",
+    2: "Outer Brow Raiser",
+    4: "Brow Lowerer",
+    5: "Upper Lid Raiser",
+    6: "Cheek Raiser",
+    7: "Lid Tightener",
+    8: "Lips Toward Each Other",
+    9: "Nose Wrinkler",
+    10: "Upper Lip Raiser",
+    11: "Nasolabial Deepener",
+    12: "Lip Corner Puller",
+    13: "Sharp Lip Puller",
+    14: "Dimpler",
+    15: "Lip Corner Depressor",
+    16: "Lower Lip Depressor",
+    17: "Chin Raiser",
+    18: "Lip Pucker",
+    20: "Lip Stretcher",
+    21: "Neck Tightener",
+    22: "Lip Funneler",
+    23: "Lip Tightener",
+    24: "Lip Pressor",
+    25: "Lips Part",
+    26: "Jaw Drop",
+    28: "Lip Suck",
+    30: "Jaw Sideways",
+    31: "Jaw Clencher",
+    34: "Cheek Puff",
+    38: "Nostril Dilator",
+    39: "Nostril Compressor",
+    43: "Eyes Closed",
+    45: "Blink",
+    56: "Head Tilt Right",
+    61: "Eyes Turn Left",
+    63: "Eyes Up",
+    64: "Eyes Down",
+}
+
+AU_REGIONS: dict[int, str] = {
+    1: "brow",
+    2: "brow",
+    4: "brow",
+    5: "eye",
+    6: "cheek",
+    7: "eye",
+    9: "nose",
+    10: "mouth",
+    12: "mouth",
+    14: "mouth",
+    15: "mouth",
+    16: "mouth",
+    17: "chin",
+    18: "mouth",
+    20: "mouth",
+    22: "mouth",
+    23: "mouth",
+    24: "mouth",
+    25: "mouth",
+    26: "chin",
+    28: "mouth",
+    38: "nose",
+    39: "nose",
+    43: "eye",
+    45: "eye",
+}
+
+# FACS manual, Table 11-1, as commonly cited (happiness also with AU25, disgust also as 10+17+4).
+PROTOTYPES: dict[str, tuple[int, ...]] = {
+    "happiness": (6, 12),
+    "sadness": (1, 4, 15, 17),
+    "surprise": (1, 2, 5, 26),
+    "fear": (1, 2, 4, 5, 7, 20, 26),
+    "anger": (4, 5, 7, 23, 24),
+    "disgust": (4, 9, 10, 15, 16, 17),
+    "contempt": (12, 14),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RelationRow:
+    """An undirected relation between two AUs and where it is written."""
+
+    first: int
+    second: int
+    relation: Relation
+    source: str
+
+
+_MACRO = "commonly cited macro-expression relations"
+_AC4AU = "AC4AU section 4.4, Pearson r over CD6ME micro-expression labels"
+RELATION_ROWS: tuple[RelationRow, ...] = (
+    RelationRow(1, 2, "co-occur", f"{_AC4AU}: +0.73"),
+    RelationRow(6, 12, "co-occur", f"{_AC4AU}: +0.20"),
+    RelationRow(15, 17, "co-occur", f"{_AC4AU}: +0.18"),
+    RelationRow(4, 7, "co-occur", _MACRO),
+    RelationRow(4, 9, "co-occur", _MACRO),
+    RelationRow(9, 17, "co-occur", _MACRO),
+    RelationRow(23, 24, "co-occur", _MACRO),
+    RelationRow(25, 26, "co-occur", _MACRO),
+    RelationRow(1, 4, "antagonist", f"{_AC4AU}: -0.31"),
+    RelationRow(2, 4, "antagonist", f"{_AC4AU}: -0.32"),
+    RelationRow(4, 14, "antagonist", f"{_AC4AU}: -0.27"),
+    RelationRow(12, 15, "antagonist", f"{_MACRO}; soft, as suppressed smiles show both"),
+    RelationRow(12, 17, "antagonist", _MACRO),
+    RelationRow(2, 7, "antagonist", _MACRO),
+)
+
+# AU sets per corpus as published by the field's harness (MEB, utils.dataset_aus); `cross` is its CD6ME set.
+AU_SETS: dict[str, tuple[int, ...]] = {
+    "casme2": (1, 2, 4, 7, 12, 14, 15, 17),
+    "samm": (2, 4, 7, 12),
+    "4dme": (1, 2, 4, 6, 7, 12, 17, 45),
+    "cross": (1, 2, 4, 5, 6, 7, 9, 10, 12, 14, 15, 17),
+}
+
+
+def au_name(number: int) -> str:
+    """Return `"AU12 Lip Corner Puller"` for 12, and `"AU99"` for a number without a known name."""
+    name = AU_NAMES.get(number)
+    return f"AU{number} {name}" if name else f"AU{number}"

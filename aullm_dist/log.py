@@ -1,0 +1,49 @@
+"""Logging for one process of many: only the main process speaks, and each warning is said once."""
+
+import logging
+import os
+import sys
+from typing import TextIO
+
+_ROOT = "aullm_dist"
+_said: set[str] = set()
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Writes to whatever `sys.stderr` is now, so that a progress bar or a test may redirect it."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        pass
+
+
+def is_main_process() -> bool:
+    """Whether this process has rank 0, read from the launcher's environment (true outside any launcher)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def get_logger(name: str = _ROOT) -> logging.Logger:
+    """Return a logger below `aullm_dist`; nothing is printed before `set_up` has run."""
+    return logging.getLogger(name if name.startswith(_ROOT) else f"{_ROOT}.{name}")
+
+
+def set_up(level: int = logging.INFO) -> None:
+    """Send our messages to stderr, at `level` on the main process and from WARNING up on the others."""
+    logger = logging.getLogger(_ROOT)
+    if not logger.handlers:
+        handler = _StderrHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(level if is_main_process() else logging.WARNING)
+
+
+def warn_once(logger: logging.Logger, message: str) -> None:
+    """Log `message` as a warning the first time it is given in this process."""
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message)

@@ -1,0 +1,1 @@
+"""AULLM++: visual backbone, evidence projector, AU graph, structured prompt and decoder."""

@@ -1,0 +1,112 @@
+"""AULLM++ assembled: evidence construction, structure modelling, deduction; and the same seam without an LLM.
+
+Shapes: B clips, V views (clips and their counterfactual twins), G structures (a view with an edge mask), K branches (a
+content token paired with an instruction token), A action units, E edges, D LLM width.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from aullm_dist.model.graph import AUGraph
+from aullm_dist.model.projector import EvidenceProjector
+from aullm_dist.model.reasoner import Reasoner
+from aullm_dist.model.visual import LedCnn, VisualBackbone
+
+Ablation = Literal["content", "instruction"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutput:
+    """What one forward pass gives.
+
+    Attributes:
+        logits: `[K, A]` fp32, one row per branch.
+        graph_logits: `[G, A]` auxiliary logits of the AU graph's nodes; None without a graph.
+    """
+
+    logits: Tensor
+    graph_logits: Tensor | None = None
+
+
+class AULLM(nn.Module):
+    """AULLM++: LED and 3D-CNN, MGE-EFP, R-AUGNN, structured prompt, frozen LLM with LoRA, AU head.
+
+    Args:
+        visual: the visual backbone.
+        projector: MGE-EFP, which makes the content token.
+        graph: R-AUGNN, which makes the instruction token; None leaves it out (ablation).
+        reasoner: prompt, LLM and read-out.
+    """
+
+    adapter_prefix = "reasoner.llm"
+
+    def __init__(
+        self, visual: VisualBackbone, projector: EvidenceProjector, graph: AUGraph | None, reasoner: Reasoner
+    ) -> None:
+        super().__init__()
+        self.visual = visual
+        self.projector = projector
+        self.graph = graph
+        self.reasoner = reasoner
+
+    def peft_model(self) -> nn.Module:
+        """Return the PEFT-wrapped LLM, whose adapter is saved for stock PEFT."""
+        return self.reasoner.llm
+
+    def forward(
+        self,
+        views: Tensor,
+        view_index: Tensor,
+        edge_mask: Tensor | None,
+        branches: Tensor,
+        ablate: Ablation | None = None,
+    ) -> ModelOutput:
+        """Answer every branch.
+
+        Args:
+            views: `[V, T, H, W]` gray clips in 0..1.
+            view_index: `[G]` the view that each structure is built on.
+            edge_mask: `[G, E]` edges present in each structure, or None without a graph.
+            branches: `[K, 2]` (view, structure) of each branch.
+            ablate: replaces all content or all instruction tokens by zeros, to measure what the answer owes to them.
+        """
+        cells, high = self.visual(views)
+        content = self.projector(cells, high)
+        instruction, graph_logits = None, None
+        if self.graph is not None:
+            structure = self.graph(cells, high, view_index, edge_mask)
+            instruction, graph_logits = structure.token, structure.logits
+        if ablate == "content":
+            content = torch.zeros_like(content)
+        elif ablate == "instruction" and instruction is not None:
+            instruction = torch.zeros_like(instruction)
+        return ModelOutput(self.reasoner(content, instruction, branches), graph_logits)
+
+
+class LedCnnBaseline(nn.Module):
+    """The no-LLM baseline `led_cnn` behind the same call: visual backbone and a linear head."""
+
+    adapter_prefix = ""
+    graph = None
+
+    def __init__(self, network: LedCnn) -> None:
+        super().__init__()
+        self.network = network
+
+    def peft_model(self) -> None:
+        """There is no LLM, hence no adapter."""
+        return None
+
+    def forward(
+        self,
+        views: Tensor,
+        view_index: Tensor,
+        edge_mask: Tensor | None,
+        branches: Tensor,
+        ablate: Ablation | None = None,
+    ) -> ModelOutput:
+        """Answer every branch from its view alone; arguments as in `AULLM.forward`."""
+        return ModelOutput(self.network(views)[branches[:, 0]].float())

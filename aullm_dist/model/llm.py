@@ -1,0 +1,249 @@
+"""The language model: loading a frozen Hugging Face decoder and putting LoRA on it.
+
+PEFT wraps the causal LM alone, so the adapter's keys load with stock PEFT onto the plain model. The forward passes go
+to the decoder inside it (`packing.decoder_of`): `lm_head` is never called and no vocabulary logits are ever computed.
+Quantised loading and sharded loading are not here yet.
+"""
+
+import os
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from aullm_dist.errors import UserError
+from aullm_dist.log import is_main_process
+from aullm_dist.model.packing import ATTENTIONS, check_packable, decoder_of
+from aullm_dist.model.quiet import hidden_progress_bars
+
+_ALL_LINEAR = "all-linear"
+_LIBRARY_ERRORS = (OSError, ValueError, SafetensorError)
+_PROGRESS_BAR_FROM_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backbone:
+    """A loaded LLM and what belongs to it."""
+
+    model: nn.Module
+    """The causal LM: a `PeftModel`, or the plain frozen model when the LoRA rank is 0."""
+    tokenizer: object
+    config: PretrainedConfig
+    hidden_size: int
+    """LLM width D."""
+    reasons: dict[str, str]
+    """What was decided while loading, and why; for the log."""
+
+
+def load_backbone(
+    name_or_path: str | os.PathLike,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "auto",
+    packing: bool = True,
+    trust_remote_code: bool = False,
+    lora_rank: int = 16,
+    lora_alpha: float = 32.0,
+    lora_dropout: float = 0.0,
+    lora_targets: str | Sequence[str] = _ALL_LINEAR,
+    activation_checkpointing: bool = False,
+    seed: int = 0,
+) -> Backbone:
+    """Load a decoder with its tokenizer, freeze it and add LoRA in float32.
+
+    A local folder is read without asking the Hub; a Hub name obeys `HF_HUB_OFFLINE`.
+
+    Args:
+        name_or_path: a local folder with config.json, or a Hugging Face name.
+        dtype: dtype of the frozen weights. LoRA parameters are float32 whatever it is.
+        attention: "auto" (sdpa), "sdpa" or "eager".
+        packing: whether packed branches will run on it; then its architecture must have a mask recipe.
+        trust_remote_code: run model code that ships with the checkpoint.
+        lora_rank: LoRA rank; 0 leaves the model without LoRA.
+        lora_alpha: LoRA scaling is `lora_alpha / lora_rank`.
+        lora_dropout: dropout on the input of the LoRA branch.
+        lora_targets: "all-linear" (every linear layer of the decoder) or names of linear layers such as "q_proj".
+        activation_checkpointing: recompute each decoder layer in the backward pass (non-reentrant).
+        seed: seed of the LoRA initialisation; the global generator is left as it was.
+
+    Raises:
+        UserError: no model there, incomplete weights, an attention or architecture that is not supported, a LoRA target
+            that matches nothing.
+    """
+    if attention != "auto" and attention not in ATTENTIONS:
+        raise UserError(f"backbone {name_or_path}: attention is {attention!r}; allowed: auto, {', '.join(ATTENTIONS)}")
+    implementation = "sdpa" if attention == "auto" else attention
+    source, is_local = _resolve(name_or_path)
+    common = {"trust_remote_code": trust_remote_code, "local_files_only": is_local}
+    config = _load_config(source, common)
+    if packing:
+        check_packable(config, implementation)
+    started = time.monotonic()
+    with hidden_progress_bars(_hides_progress(source, is_local)):
+        tokenizer, model = _load_files(source, config, dtype, implementation, common)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    choice = "auto: takes the mask of packed branches" if attention == "auto" else "as set"
+    reasons = {
+        "backbone": f"{config.model_type} from {source}, {_millions(model.parameters())} M parameters, frozen, "
+        f"{str(dtype).removeprefix('torch.')}, loaded in {time.monotonic() - started:.1f} s",
+        "attention": f"{implementation} ({choice})",
+        "lora": "none (lora_rank is 0)",
+    }
+    wrapped: nn.Module = model
+    if lora_rank > 0:
+        targets = _lora_targets(model, lora_targets)
+        wrapped = _add_lora(model, targets, lora_rank, lora_alpha, lora_dropout, seed)
+        size = _millions(p for p in wrapped.parameters() if p.requires_grad)
+        reasons["lora"] = f"rank {lora_rank} on {len(targets)} linear layers, {size} M parameters, float32"
+    if activation_checkpointing:
+        _checkpoint_activations(model)
+        reasons["activation_checkpointing"] = "every decoder layer, non-reentrant"
+    width = decoder_of(model).config.hidden_size
+    return Backbone(model=wrapped, tokenizer=tokenizer, config=config, hidden_size=width, reasons=reasons)
+
+
+@torch.no_grad()
+def embedding_rms(llm: nn.Module) -> float:
+    """Return the root mean square of the LLM's input embeddings, all-zero rows (padding, unused ids) left out."""
+    weight = llm.get_input_embeddings().weight
+    norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+    used = norms[norms > 0].double()
+    assert len(used), "input embeddings are all zero"
+    return (used.square().mean() / weight.shape[1]).sqrt().item()
+
+
+@torch.no_grad()
+def mean_embeddings(llm: nn.Module, ids: Sequence[Sequence[int]]) -> Tensor:
+    """Return the mean input embedding of each id sequence, float32 [len(ids), D]; e.g. of `Prompt.name_ids`."""
+    embed = llm.get_input_embeddings()
+    flat = torch.tensor([i for row in ids for i in row], device=embed.weight.device)
+    rows = embed(flat).float().split([len(row) for row in ids])
+    return torch.stack([row.mean(dim=0) for row in rows])
+
+
+def _resolve(name_or_path: str | os.PathLike) -> tuple[str, bool]:
+    allowed = "allowed: a local folder with config.json, or a Hugging Face name such as Qwen/Qwen3-8B"
+    name = os.fspath(name_or_path)
+    folder = Path(name).expanduser()
+    if folder.exists():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"backbone {name}: is no model folder (no config.json in it); {allowed}")
+        return str(folder), True
+    looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
+    if not name or looks_like_path:
+        raise UserError(f"backbone {name!r}: no such folder; {allowed}")
+    return name, False
+
+
+def _load_config(source: str, common: dict) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(source, **common)
+    except _LIBRARY_ERRORS as error:
+        raise _no_model(source, error) from error
+    if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(
+            f"backbone {source}: model type {config.model_type!r} is no decoder; allowed: a causal language model"
+        )
+    return config
+
+
+def _load_files(
+    source: str, config: PretrainedConfig, dtype: torch.dtype, attention: str, common: dict
+) -> tuple[object, PreTrainedModel]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **common,
+        )
+    except _LIBRARY_ERRORS as error:
+        raise _no_model(source, error) from error
+    # The library fills what a file lacks with random numbers and goes on; lm_head alone may lack, it is never called.
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("lm_head."))
+    mismatched = sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    for what, keys in (("missing in", missing), ("of another shape in", mismatched)):
+        if keys:
+            raise UserError(
+                f"backbone {source}: {len(keys)} weights are {what} its files, first {keys[0]}; "
+                "allowed: files that hold every weight of config.json's model"
+            )
+    return tokenizer, model
+
+
+def _no_model(source: str, error: Exception) -> UserError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError(
+        f"backbone {source}: cannot be loaded ({lines[0].strip()}); "
+        "allowed: a local folder with config.json, weights and tokenizer, or a Hugging Face name"
+    )
+
+
+def _hides_progress(source: str, is_local: bool) -> bool:
+    """Whether the library's loading bar is in the way: off the main process, and where loading takes no time."""
+    if not is_local:
+        return not is_main_process()
+    size = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
+    return size < _PROGRESS_BAR_FROM_BYTES or not is_main_process()
+
+
+def _lora_targets(model: PreTrainedModel, wanted: str | Sequence[str]) -> list[str]:
+    """Return the full names of the decoder's linear layers that `wanted` matches; `lm_head` is not among them."""
+    decoder = decoder_of(model)
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    linear = [f"{prefix}.{name}" for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    if names == [_ALL_LINEAR]:
+        return linear
+    chosen: set[str] = set()
+    for name in names:
+        matched = {full for full in linear if full.endswith(f".{name}")}
+        if not matched:
+            known = ", ".join(sorted({full.rpartition(".")[2] for full in linear}))
+            raise UserError(
+                f"LoRA target {name!r}: matches no linear layer of the decoder; "
+                f"allowed: {_ALL_LINEAR} alone, or {known}"
+            )
+        chosen |= matched
+    if not chosen:
+        raise UserError(f"LoRA targets: none given; allowed: {_ALL_LINEAR} or names of linear layers")
+    return sorted(chosen)
+
+
+def _add_lora(
+    model: PreTrainedModel, targets: list[str], rank: int, alpha: float, dropout: float, seed: int
+) -> nn.Module:
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none"
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT 0.21 reads this property by its old name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        torch.default_generator.manual_seed(seed)
+        wrapped = get_peft_model(model, lora)
+    trainable = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert len(trainable) == 2 * len(targets), f"{len(trainable)} LoRA tensors for {len(targets)} linear layers"
+    assert all(p.dtype == torch.float32 and ".lora_" in name for name, p in trainable.items())
+    return wrapped
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    # Only the reentrant kind needs inputs that require grad; the hook costs a gradient of the frozen embeddings.
+    model.disable_input_require_grads()
+
+
+def _millions(parameters: Iterable[nn.Parameter]) -> str:
+    return f"{sum(p.numel() for p in parameters) / 1e6:.2f}"

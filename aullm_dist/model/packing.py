@@ -1,0 +1,216 @@
+"""One packed forward for many branches that share a static prefix, and the padded forward that it must equal.
+
+K suffixes of S tokens behind one prefix of P tokens become one sequence of P + K*S tokens instead of K rows of P + S. A
+suffix sees the prefix and, causally, itself; its position ids restart at P. Both paths are the same function, gradients
+included; the padded one is the oracle of the tests and what `packing: off` runs. LoRA dropout differs between them.
+
+Which mask an architecture needs is a property of the architecture, and some combinations are silently wrong (a boolean
+mask with eager attention, a window counted by index); so what is not in `MASK_RECIPES` is refused by name.
+
+Letters: K suffixes (branches times clips), P prefix tokens, S suffix tokens, R readout positions, D LLM width.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.masking_utils import create_causal_mask
+
+from aullm_dist.errors import UserError
+
+MASK_RECIPES: dict[str, str] = {"llama": "full", "qwen3": "full"}
+"""Model type -> mask recipe. `full`: one mask for all layers, no window."""
+
+ATTENTIONS = ("sdpa", "eager")
+"""Attention implementations that take the mask of a packed sequence."""
+
+
+def check_packable(config: PretrainedConfig, attention: str) -> None:
+    """Refuse a backbone or an attention implementation whose packed mask is not known to be right.
+
+    Raises:
+        UserError: an attention that ignores custom masks, a model type outside `MASK_RECIPES`, or layers that are not
+            full attention (sliding windows, linear attention).
+    """
+    remedy = "or set model.packing=false"
+    if attention not in ATTENTIONS:
+        why = " (flash attention ignores custom masks)" if "flash" in attention else ""
+        allowed = ", ".join(ATTENTIONS)
+        raise UserError(
+            f"packing: attention {attention!r} cannot run packed branches{why}; allowed: {allowed}, {remedy}"
+        )
+    if config.model_type not in MASK_RECIPES:
+        raise UserError(
+            f"packing: model type {config.model_type!r} has no mask recipe; "
+            f"allowed: {', '.join(MASK_RECIPES)}, {remedy}"
+        )
+    other_layers = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    if other_layers:
+        raise UserError(
+            f"packing: {config.model_type} backbone has layers of type {', '.join(other_layers)}; "
+            f"allowed: full_attention, {remedy}"
+        )
+
+
+def decoder_of(llm: nn.Module) -> nn.Module:
+    """Return the decoder inside a causal LM, wrapped by PEFT or not: it ends in the final norm, before `lm_head`."""
+    causal_lm = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
+    return causal_lm.base_model
+
+
+def packed_hidden(
+    llm: nn.Module,
+    prefix_embeds: Tensor,
+    suffix_embeds: Tensor,
+    readout_positions: Sequence[int],
+    *,
+    rows: int = 1,
+) -> Tensor:
+    """Run all suffixes behind one copy of the prefix per row.
+
+    Args:
+        llm: causal LM, wrapped by PEFT or not.
+        prefix_embeds: [P, D], input embeddings of the static prefix.
+        suffix_embeds: [K, S, D], the suffixes.
+        readout_positions: R positions within a suffix.
+        rows: packed rows to cut the suffixes into. More rows repeat the prefix more often and attend over shorter
+            sequences.
+
+    Returns:
+        [K, R, D], hidden states after the final norm.
+    """
+    num_suffixes, suffix_tokens, width = suffix_embeds.shape
+    prefix_tokens = len(prefix_embeds)
+    per_row = math.ceil(num_suffixes / rows)
+    rows = math.ceil(num_suffixes / per_row)
+    # The last row is filled up with suffixes that came before; what they give is dropped.
+    filled = torch.cat([suffix_embeds, suffix_embeds[: rows * per_row - num_suffixes]])
+    prefix = prefix_embeds.expand(rows, prefix_tokens, width)
+    sequence = torch.cat([prefix, filled.reshape(rows, per_row * suffix_tokens, width)], dim=1)
+    positions, segments = _positions_and_segments(prefix_tokens, suffix_tokens, per_row, sequence.device)
+
+    def same_branch(batch, head, query, key):
+        return (segments[query] == segments[key]) | (segments[key] == -1)
+
+    decoder = decoder_of(llm)
+    # The library adds the causal part and picks the form that the attention implementation wants: boolean for sdpa,
+    # additive in the embeddings' dtype for eager.
+    mask = create_causal_mask(
+        config=decoder.config,
+        inputs_embeds=sequence,
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=None,
+        and_mask_function=same_branch,
+    )
+    output = decoder(
+        inputs_embeds=sequence, attention_mask=mask, position_ids=positions.expand(rows, -1), use_cache=False
+    )
+    hidden = output.last_hidden_state[:, prefix_tokens:].reshape(rows * per_row, suffix_tokens, width)
+    return hidden[:num_suffixes, list(readout_positions)]
+
+
+def padded_hidden(
+    llm: nn.Module, prefix_embeds: Tensor, suffix_embeds: Tensor, readout_positions: Sequence[int]
+) -> Tensor:
+    """Run every suffix as a row of its own behind its own copy of the prefix: the reference of `packed_hidden`.
+
+    All rows have P + S tokens, so there is nothing to pad and no mask but the causal one.
+
+    Args:
+        llm: causal LM, wrapped by PEFT or not.
+        prefix_embeds: [P, D].
+        suffix_embeds: [K, S, D].
+        readout_positions: R positions within a suffix.
+
+    Returns:
+        [K, R, D], hidden states after the final norm.
+    """
+    prefix = prefix_embeds.expand(len(suffix_embeds), *prefix_embeds.shape)
+    output = decoder_of(llm)(inputs_embeds=torch.cat([prefix, suffix_embeds], dim=1), use_cache=False)
+    return output.last_hidden_state[:, len(prefix_embeds) :][:, list(readout_positions)]
+
+
+def per_branch_hidden(
+    llm: nn.Module,
+    prefix_embeds: Tensor,
+    suffix_embeds: Tensor,
+    readout_positions: Sequence[int],
+    *,
+    clips: int,
+) -> Tensor:
+    """Run one padded forward per branch of `clips` rows each: what a trainer without packing would do.
+
+    Args:
+        llm: causal LM, wrapped by PEFT or not.
+        prefix_embeds: [P, D].
+        suffix_embeds: [branches * clips, S, D], branch by branch.
+        readout_positions: R positions within a suffix.
+        clips: rows of one forward.
+
+    Returns:
+        [branches * clips, R, D], hidden states after the final norm.
+    """
+    forwards = [padded_hidden(llm, prefix_embeds, branch, readout_positions) for branch in suffix_embeds.split(clips)]
+    return torch.cat(forwards)
+
+
+@torch.no_grad()
+def self_check(
+    llm: nn.Module,
+    prefix_embeds: Tensor,
+    suffix_embeds: Tensor,
+    readout_positions: Sequence[int],
+    *,
+    rows: int = 1,
+    tolerance: float | None = None,
+) -> float:
+    """Compare packed with padded hidden states on the real backbone, dropout off.
+
+    The deviation of a readout is the norm of the difference relative to the norm of the padded hidden state.
+
+    Args:
+        llm: causal LM, wrapped by PEFT or not.
+        prefix_embeds: [P, D].
+        suffix_embeds: [K, S, D] with K of at least 2: one suffix alone cannot leak into another.
+        readout_positions: R positions within a suffix.
+        rows: packed rows.
+        tolerance: largest deviation allowed; None means 1e-4 for float32 and 5e-2 for shorter types (ours).
+
+    Returns:
+        The largest deviation over all readouts.
+
+    Raises:
+        UserError: the deviation is above the tolerance or not finite.
+    """
+    was_training = llm.training
+    llm.eval()
+    packed = packed_hidden(llm, prefix_embeds, suffix_embeds, readout_positions, rows=rows).float()
+    padded = padded_hidden(llm, prefix_embeds, suffix_embeds, readout_positions).float()
+    llm.train(was_training)
+    deviation = ((packed - padded).norm(dim=-1) / padded.norm(dim=-1)).max().item()
+    if tolerance is None:
+        tolerance = 1e-4 if _computes_in_float32(suffix_embeds) else 5e-2
+    if not deviation <= tolerance:
+        raise UserError(
+            f"packing: {decoder_of(llm).config.model_type} backbone gives other hidden states packed than padded "
+            f"(relative deviation {deviation:.2g}, allowed: {tolerance:.2g}); set model.packing=false"
+        )
+    return deviation
+
+
+def _computes_in_float32(embeds: Tensor) -> bool:
+    return embeds.dtype == torch.float32 and not torch.is_autocast_enabled(embeds.device.type)
+
+
+def _positions_and_segments(
+    prefix_tokens: int, suffix_tokens: int, num_suffixes: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return position ids and segment numbers of one packed row, each [P + K*S]; the prefix is segment -1."""
+    prefix = torch.arange(prefix_tokens, device=device)
+    suffix = torch.arange(prefix_tokens, prefix_tokens + suffix_tokens, device=device)
+    positions = torch.cat([prefix, suffix.repeat(num_suffixes)])
+    numbers = torch.arange(num_suffixes, device=device).repeat_interleave(suffix_tokens)
+    return positions, torch.cat([torch.full_like(prefix, -1), numbers])

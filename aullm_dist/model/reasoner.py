@@ -1,0 +1,124 @@
+"""The language half of AULLM++: soft tokens in, one logit per AU out.
+
+It builds the suffix of every branch around its content and instruction token, runs the LLM over all branches, packed or
+padded, and reads the answer out with a linear head in float32. What the tokens are made of is not its business.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from aullm_dist.model.llm import Backbone, embedding_rms, mean_embeddings
+from aullm_dist.model.packing import check_packable, packed_hidden, padded_hidden, self_check
+from aullm_dist.model.prompt import Prompt
+
+
+class Reasoner(nn.Module):
+    """LLM with LoRA, structured prompt and readout.
+
+    Letters: Nc content tokens, Ni instruction tokens, K branches, P prefix tokens, S suffix tokens, A AUs, D LLM width.
+
+    Readout `last`: the last position's final hidden state -> `au_head`, D -> A. Readout `per_au`: one learned marker
+    token per AU (`au_markers`, first the LLM's own embedding of the AU's FACS name) after the question, a head D -> 1
+    that all AUs share and one bias per AU (`au_bias`). The head draws its first weights from torch's global generator.
+
+    Args:
+        backbone: from `load_backbone`.
+        prompt: from `build_prompt` with the backbone's tokenizer; it decides AUs, readout and structure token.
+        packing: one shared-prefix sequence (true), or one row per branch (false, the reference).
+        suffixes_per_row: suffixes in one packed row; 0 puts all of them into one.
+
+    Raises:
+        UserError: `packing` with a backbone that has no mask recipe.
+    """
+
+    def __init__(self, backbone: Backbone, prompt: Prompt, *, packing: bool = True, suffixes_per_row: int = 0):
+        super().__init__()
+        if packing:
+            check_packable(backbone.config, backbone.model.config._attn_implementation)
+        self.llm = backbone.model
+        self.prompt = prompt
+        self.packing = packing
+        self.suffixes_per_row = suffixes_per_row
+        self.num_aus = len(prompt.aus)
+        width = backbone.hidden_size
+        if prompt.readout == "per_au":
+            self.au_markers = nn.Parameter(mean_embeddings(self.llm, prompt.name_ids).cpu())
+            self.au_head = nn.Linear(width, 1, bias=False)
+            self.au_bias = nn.Parameter(torch.zeros(self.num_aus))
+        else:
+            self.au_head = nn.Linear(width, self.num_aus)
+        static = prompt.prefix_ids + prompt.structure_ids + prompt.question_ids
+        self.register_buffer("static_ids", torch.tensor(static), persistent=False)
+
+    def forward(
+        self, content: Tensor, instruction: Tensor | None, branches: Tensor, *, return_hidden: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Answer every branch.
+
+        Args:
+            content: [Nc, D], content tokens at the scale of the LLM's embeddings.
+            instruction: [Ni, D], instruction tokens; None exactly when the prompt has no structure token.
+            branches: int64 [K, 2], per branch the rows of `content` and `instruction` it uses. Branches may share
+                tokens: gradients add up.
+            return_hidden: also return the hidden states that were read out.
+
+        Returns:
+            float32 logits [K, A]; with `return_hidden` also float32 hidden states [K, D], for `per_au` their mean.
+        """
+        prefix, suffix = self._embeds(content, instruction, branches)
+        if self.packing:
+            hidden = packed_hidden(
+                self.llm, prefix, suffix, self.prompt.readout_positions, rows=self._rows(len(suffix))
+            )
+        else:
+            hidden = padded_hidden(self.llm, prefix, suffix, self.prompt.readout_positions)
+        hidden = hidden.float()
+        # The head stays out of autocast: logits of a few units lose too much in bfloat16.
+        with torch.autocast(hidden.device.type, enabled=False):
+            if self.prompt.readout == "per_au":
+                logits = self.au_head(hidden).squeeze(-1) + self.au_bias
+            else:
+                logits = self.au_head(hidden.squeeze(1))
+        return (logits, hidden.mean(dim=1)) if return_hidden else logits
+
+    def num_tokens(self, num_branches: int) -> int:
+        """Return how many tokens the LLM computes for `num_branches` branches."""
+        rows = self._rows(num_branches) if self.packing else num_branches
+        suffixes = rows * math.ceil(num_branches / rows)
+        return rows * self.prompt.prefix_tokens + suffixes * self.prompt.suffix_tokens
+
+    def self_check(self, *, tolerance: float | None = None) -> float:
+        """Compare a few packed branches of random soft tokens with their padded twins (`packing.self_check`)."""
+        device = self.static_ids.device
+        generator = torch.Generator().manual_seed(0)
+        width = self.au_head.in_features
+        soft = (torch.randn(2, 3, width, generator=generator) * embedding_rms(self.llm)).to(device)
+        branches = torch.arange(3, device=device)[:, None].expand(-1, 2)
+        with torch.no_grad():
+            prefix, suffix = self._embeds(soft[0], soft[1] if self.prompt.use_structure else None, branches)
+        return self_check(
+            self.llm, prefix, suffix, self.prompt.readout_positions, rows=self._rows(len(suffix)), tolerance=tolerance
+        )
+
+    def _rows(self, num_suffixes: int) -> int:
+        rows = math.ceil(num_suffixes / self.suffixes_per_row) if self.suffixes_per_row > 0 else 1
+        # As `packed_hidden` does: no more rows than equal rows need.
+        return math.ceil(num_suffixes / math.ceil(num_suffixes / rows))
+
+    def _embeds(self, content: Tensor, instruction: Tensor | None, branches: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the prefix [P, D] and the suffixes [K, S, D] in the dtype of the LLM's embeddings."""
+        assert (instruction is not None) == self.prompt.use_structure, "instruction tokens do not fit the prompt"
+        static = self.llm.get_input_embeddings()(self.static_ids)
+        lengths = [len(self.prompt.prefix_ids), len(self.prompt.structure_ids), len(self.prompt.question_ids)]
+        prefix, structure, question = static.split(lengths)
+        num_branches = len(branches)
+        # A plain index, not index_select: its backward adds up in a fixed order on every device.
+        parts = [content[branches[:, 0]].to(static.dtype)[:, None]]
+        if instruction is not None:
+            parts += [structure.expand(num_branches, -1, -1), instruction[branches[:, 1]].to(static.dtype)[:, None]]
+        parts.append(question.expand(num_branches, -1, -1))
+        if self.prompt.readout == "per_au":
+            parts.append(self.au_markers.to(static.dtype).expand(num_branches, -1, -1))
+        return prefix, torch.cat(parts, dim=1)

@@ -1,0 +1,173 @@
+"""A tiny Llama or Qwen3 backbone with its own tokenizer, built locally: what the demo and the tests run on.
+
+The weights are random: the backbone knows no language, so nothing measured with it says what an LLM brings. What it
+shares with a real one is the architecture, the files on disk and every code path.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from aullm_dist.errors import UserError
+from aullm_dist.facs import AU_NAMES, AU_SETS, au_name
+from aullm_dist.model.prompt import QUESTION_TEXT, STRUCTURE_TEXT, prefix_text
+from aullm_dist.model.quiet import hidden_progress_bars
+
+Architecture = Literal["llama", "qwen3"]
+_MODELS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+_RECIPE_FILE = "tiny_backbone.json"
+_FILES = (_RECIPE_FILE, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_RECIPE_VERSION = 1
+
+
+def build_tiny_backbone(
+    folder: str | os.PathLike,
+    *,
+    architecture: Architecture = "llama",
+    hidden: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    vocab: int = 1024,
+    seed: int = 0,
+) -> Path:
+    """Build a tiny backbone in `folder` and return its path; a folder that already holds the same one is kept as it is.
+
+    The files are written to a temporary folder beside `folder` and renamed, so that several processes may ask at once.
+
+    Args:
+        folder: where config, safetensors weights and tokenizer go.
+        architecture: "llama" or "qwen3".
+        hidden: LLM width D, a multiple of `2 * heads`.
+        layers: number of decoder layers.
+        heads: attention heads; half as many key-value heads where `heads` is even, so that queries share them.
+        vocab: upper bound of the vocabulary, 300 to 1024 ids.
+        seed: seed of the weights.
+
+    Raises:
+        UserError: impossible sizes, or `folder` holds something that is no tiny backbone.
+    """
+    if architecture not in _MODELS:
+        raise UserError(f"tiny backbone: architecture is {architecture!r}; allowed: {', '.join(_MODELS)}")
+    if hidden < 1 or layers < 1 or heads < 1 or hidden % (2 * heads) or not 300 <= vocab <= 1024:
+        raise UserError(
+            f"tiny backbone: hidden={hidden} layers={layers} heads={heads} vocab={vocab}; "
+            "allowed: positive sizes, hidden a multiple of 2 * heads, vocab 300 to 1024"
+        )
+    folder = Path(folder)
+    recipe = {
+        "recipe_version": _RECIPE_VERSION,
+        "architecture": architecture,
+        "hidden": hidden,
+        "layers": layers,
+        "heads": heads,
+        "vocab": vocab,
+        "seed": seed,
+        "text": list(_training_text()),
+        "libraries": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+    }
+    if _holds(folder, recipe):
+        return folder
+    if folder.exists() and not (folder / _RECIPE_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"tiny backbone: {folder} holds something else; allowed: a new or empty folder, or a tiny backbone"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        made = Path(scratch) / "backbone"
+        _write(made, recipe)
+        _replace(made, folder, Path(scratch) / "old", recipe)
+    return folder
+
+
+def _training_text() -> Iterator[str]:
+    for aus in AU_SETS.values():
+        for use_structure in (True, False):
+            yield prefix_text(aus, use_structure=use_structure)
+    yield STRUCTURE_TEXT + QUESTION_TEXT
+    yield from (au_name(au) for au in AU_NAMES)
+
+
+def _holds(folder: Path, recipe: dict) -> bool:
+    if not all((folder / name).is_file() for name in _FILES):
+        return False
+    try:
+        return json.loads((folder / _RECIPE_FILE).read_text(encoding="utf-8")) == recipe
+    except ValueError:
+        return False
+
+
+def _replace(made: Path, folder: Path, old: Path, recipe: dict) -> None:
+    try:
+        if folder.exists():
+            folder.rename(old)
+        made.rename(folder)
+    except OSError:
+        # Another process renamed its own in between: the same recipe gives the same files.
+        if not _holds(folder, recipe):
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(folder: Path, recipe: dict) -> None:
+    tokenizer = _train_tokenizer(recipe)
+    config_class, model_class = _MODELS[recipe["architecture"]]
+    hidden, heads = recipe["hidden"], recipe["heads"]
+    config = config_class(
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=recipe["layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
+        head_dim=hidden // heads,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=4096,
+        # The usual 0.02 fits wide models; at this width it would leave the residual branches without effect.
+        initializer_range=hidden**-0.5,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(recipe["seed"])
+        model = model_class(config)
+    with hidden_progress_bars():
+        model.to(torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / _RECIPE_FILE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+
+
+def _train_tokenizer(recipe: dict) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer; like the real ones, Llama's begins a text with BOS and Qwen3's has no BOS."""
+    with_bos = recipe["architecture"] == "llama"
+    special = ["<pad>", "</s>", "<s>"] if with_bos else ["<pad>", "</s>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe["vocab"],
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(recipe["text"], trainer)
+    if with_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>" if with_bos else None,
+        eos_token="</s>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )

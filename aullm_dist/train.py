@@ -1,0 +1,14 @@
+"""The main job: `accelerate launch aullm_dist/train.py [--config FILE] [--resume auto] [section.key=value ...]`."""
+
+import os
+import sys
+
+# `accelerate launch aullm_dist/train.py` puts this file's folder first on the path, where our modules would shadow
+# others.
+_HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or os.getcwd()) != _HERE]
+
+if __name__ == "__main__":
+    from aullm_dist.train_cli import main
+
+    sys.exit(main(sys.argv[1:]))

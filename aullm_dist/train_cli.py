@@ -1,0 +1,108 @@
+"""Command line of the main job: configuration in, trained folds and an honest table out."""
+
+import argparse
+import copy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from aullm_dist import log
+from aullm_dist.config import Config, configs_folder, find_config, load
+from aullm_dist.errors import UserError
+from aullm_dist.training.workspace import Mode
+
+DEMO = "demo"
+
+_EPILOG = """\
+Without arguments the embedded demo runs: a synthetic corpus, a tiny backbone, nothing downloaded.
+Overrides are section.key=value, for instance training.epochs=50 data.fold=3; the keys are listed by
+`aullm-dist config`.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the argument parser of train.py."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train AULLM++ on prepared corpora.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="run file (YAML), or the name of a shipped one (default: demo)"
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--resume", choices=["auto"], help="continue the run in training.output from its newest checkpoint"
+    )
+    mode.add_argument("--replace", action="store_true", help="train anew in a run folder that already holds a run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the run file")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the main job and return its exit code: 0, or 2 with one line on stderr for a mistake in the input."""
+    args = build_parser().parse_intermixed_args(argv)
+    log.set_up()
+    try:
+        config = load(find_config(args.config or DEMO), args.overrides)
+        return _train(config, _mode(args, config))
+    except UserError as error:
+        if log.is_main_process():
+            sys.stderr.write(f"train.py: error: {error}\n")
+        return UserError.EXIT_CODE
+
+
+def _mode(args: argparse.Namespace, config: Config) -> Mode:
+    if args.resume:
+        return "resume"
+    # The demo without arguments is there to be tried again: its own folder is replaced without asking.
+    is_demo = (
+        args.config is None
+        and config.training.output == load(configs_folder() / "experiments/demo.yaml").training.output
+    )
+    return "replace" if args.replace or is_demo else "new"
+
+
+def _train(config: Config, mode: Mode) -> int:
+    # Imported here, so that --help and a mistake in the configuration answer at once.
+    import torch.distributed
+
+    from aullm_dist.evaluation.metrics import summarise
+    from aullm_dist.training import context
+    from aullm_dist.training.run import run
+
+    accelerator = context.start(config.training)
+    try:
+        result = run(accelerator, config, mode, summarise)
+        baseline = _baseline_config(config, result.folder)
+        if baseline is not None:
+            log.get_logger().info("No-LLM baseline (led_cnn), for comparison")
+            run(accelerator, baseline, "resume" if mode == "resume" else "replace", summarise)
+        if accelerator.is_main_process:
+            from aullm_dist.evaluation.summary import print_summary
+
+            print_summary(result.folder, config)
+    finally:
+        # Without this gloo may abort at interpreter exit.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def _baseline_config(config: Config, folder: Path) -> Config | None:
+    if not config.training.baseline or config.model.llm == "none":
+        return None
+    baseline = copy.deepcopy(config)
+    baseline.model.llm = "none"
+    baseline.model.readout = "last"
+    baseline.training.output = str(folder / "baseline")
+    baseline.training.baseline = False
+    chances = (config.counterfactual.appearance_probability, config.counterfactual.neutral_probability)
+    baseline.counterfactual.branches = min(config.counterfactual.branches, sum(chance > 0 for chance in chances))
+    if not baseline.data.train:
+        from aullm_dist.training.workspace import datasets_of
+
+        baseline.data.train = [str(path) for path in datasets_of(config)[0]]
+    return baseline

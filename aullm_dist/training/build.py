@@ -1,0 +1,157 @@
+"""From a configuration to a model, and the recipes that turn clips into its batches."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from aullm_dist.config import Config
+from aullm_dist.log import get_logger
+from aullm_dist.model.aullm import AULLM, LedCnnBaseline
+from aullm_dist.model.counterfactual import Chances
+from aullm_dist.model.graph import AUGraph
+from aullm_dist.model.llm import embedding_rms, load_backbone, mean_embeddings
+from aullm_dist.model.projector import EvidenceProjector
+from aullm_dist.model.prompt import build_prompt
+from aullm_dist.model.reasoner import Reasoner
+from aullm_dist.model.relations import AURelations, build_relations, sample_structure_edit
+from aullm_dist.model.visual import LedCnn, VisualBackbone
+from aullm_dist.training.base_identity import base_identity
+from aullm_dist.training.batches import ClipRecipe
+
+logger = get_logger(__name__)
+
+
+@dataclass(slots=True)
+class BuiltModel:
+    """A model and what the trainer must know of it.
+
+    Attributes:
+        model: `AULLM` or `LedCnnBaseline`, on the CPU.
+        model_config: what defines its function; stored in checkpoints and compared at resume.
+        base: identity of the LLM; None for the baseline.
+        relations: the AU graph's edges; None without a graph.
+        tokens: LLM tokens computed for a number of branches.
+    """
+
+    model: nn.Module
+    model_config: dict[str, Any]
+    base: Mapping[str, Any] | None = None
+    relations: AURelations | None = None
+    tokens: Callable[[int], int] = field(default=lambda branches: 0)
+
+
+def build_model(config: Config, aus: tuple[int, ...], llm_path: str | Path) -> BuiltModel:
+    """Build the model of a run with weights drawn from `training.seed`.
+
+    Args:
+        config: the run's configuration.
+        aus: AU numbers in the order of the head's units.
+        llm_path: folder or Hugging Face name of the backbone; ignored for `llm: none`.
+
+    Raises:
+        UserError: the backbone cannot be loaded or the sizes do not fit.
+    """
+    torch.manual_seed(config.training.seed)
+    data, model = config.data, config.model
+    visual_config = {"aus": list(aus), "num_frames": data.num_frames, "image_size": data.size}
+    if model.llm == "none":
+        network = LedCnn(len(aus), data.num_frames, data.size, dropout=model.dropout)
+        return BuiltModel(LedCnnBaseline(network), {**visual_config, "kind": "led_cnn"})
+    backbone = load_backbone(
+        llm_path,
+        dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
+        attention=model.attention,
+        packing=model.packing,
+        trust_remote_code=model.trust_remote_code,
+        lora_rank=model.lora_rank,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        lora_targets=model.lora_targets[0] if model.lora_targets == ["all-linear"] else model.lora_targets,
+        activation_checkpointing=model.activation_checkpointing,
+        seed=config.training.seed,
+    )
+    for topic, reason in backbone.reasons.items():
+        logger.info("%s: %s", topic.replace("_", " ").capitalize(), reason)
+    prompt = build_prompt(aus, backbone.tokenizer, readout=model.readout, use_structure=model.structure)
+    rms = embedding_rms(backbone.model)
+    visual = VisualBackbone(data.num_frames, data.size, dropout=model.dropout)
+    projector = EvidenceProjector(
+        visual.cell_dim,
+        visual.feature_dim,
+        backbone.hidden_size,
+        cell_grid=visual.cell_grid,
+        heads=model.evidence_heads,
+        evidence=model.evidence,
+        embedding_rms=rms,
+        dropout=model.dropout,
+        implementation=model.kernels,
+    )
+    relations, graph = None, None
+    if model.structure:
+        relations = build_relations(aus)
+        graph = AUGraph(
+            relations,
+            visual.cell_dim,
+            visual.feature_dim,
+            backbone.hidden_size,
+            cell_grid=visual.cell_grid,
+            width=model.graph_width,
+            heads=model.graph_heads,
+            layers=model.graph_layers,
+            au_embedding_init=mean_embeddings(backbone.model, prompt.name_ids),
+            embedding_rms=rms,
+            dropout=model.dropout,
+            implementation=model.kernels,
+        )
+    reasoner = Reasoner(backbone, prompt, packing=model.packing, suffixes_per_row=model.suffixes_per_row)
+    logger.info(
+        "Prompt: %d prefix tokens shared by all branches, %d per branch", prompt.prefix_tokens, prompt.suffix_tokens
+    )
+    return BuiltModel(
+        AULLM(visual, projector, graph, reasoner),
+        {
+            **visual_config,
+            "kind": "aullm",
+            "prompt": prompt.text,
+            "readout": model.readout,
+            "evidence": model.evidence,
+            "evidence_heads": model.evidence_heads,
+            "structure": model.structure,
+            "graph": [model.graph_width, model.graph_heads, model.graph_layers] if model.structure else None,
+        },
+        base_identity(str(llm_path), backbone.config.to_dict()),
+        relations,
+        reasoner.num_tokens,
+    )
+
+
+def training_recipe(config: Config, built: BuiltModel) -> ClipRecipe:
+    """Return how training clips become tensors, interventions included."""
+    data, counterfactual = config.data, config.counterfactual
+    relations = built.relations
+    probabilities = {
+        "structure": counterfactual.structure_probability if relations else 0.0,
+        "appearance": counterfactual.appearance_probability,
+        "neutral": counterfactual.neutral_probability,
+    }
+    return ClipRecipe(
+        num_frames=data.num_frames,
+        cut_fraction=data.cut_fraction if data.augment else 0.0,
+        augment=data.augment,
+        chances=Chances(counterfactual.branches if counterfactual.enabled else 0, probabilities),
+        prior_mask=relations.prior_mask if relations else None,
+        edit_structure=partial(sample_structure_edit, relations, counterfactual.structure_edges) if relations else None,
+        contradiction=relations is not None and counterfactual.contradiction_weight > 0,
+        seed=config.training.seed,
+    )
+
+
+def evaluation_recipe(config: Config, built: BuiltModel) -> ClipRecipe:
+    """Return how held-out clips become tensors: whole, unaltered, factual only."""
+    prior_mask = built.relations.prior_mask if built.relations else None
+    return ClipRecipe(num_frames=config.data.num_frames, prior_mask=prior_mask)

@@ -1,0 +1,97 @@
+"""Start-up of one training process: the Accelerator, what it must agree with, and work that only one process does."""
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
+
+from aullm_dist.config import TrainingConfig
+from aullm_dist.errors import UserError
+from aullm_dist.log import get_logger
+
+T = TypeVar("T")
+logger = get_logger(__name__)
+
+
+def start(training: TrainingConfig) -> Accelerator:
+    """Create the Accelerator and check that it is what was asked for.
+
+    Raises:
+        UserError: the number of processes is not what the launcher or `training.processes` asked for, or the global
+            batch cannot be split over them.
+    """
+    _refuse_lost_processes()
+    use_cpu = not torch.cuda.is_available()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    per_pass = training.micro_batch * world_size
+    if training.global_batch % per_pass:
+        raise UserError(
+            f"training.global_batch is {training.global_batch}; allowed: a multiple of micro_batch x processes = "
+            f"{training.micro_batch} x {world_size}"
+        )
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        mixed_precision="bf16" if training.precision == "bf16" else "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=training.global_batch // per_pass, sync_with_dataloader=False
+        ),
+    )
+    asked = training.processes or world_size
+    if accelerator.num_processes != asked:
+        raise UserError(
+            f"training.processes is {asked}, but the launcher started {accelerator.num_processes}; start the run with "
+            f"torchrun --nproc_per_node {asked} or accelerate launch --multi_gpu --num_processes {asked}"
+        )
+    if training.deterministic:
+        # cuBLAS needs its workspace fixed before the first matrix product; an operation that has no deterministic form
+        # warns instead of stopping the run.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    if use_cpu:
+        torch.set_num_threads(training.cpu_threads or _threads_per_process())
+    logger.info(
+        "Device: %s, %d process%s, %s, %s",
+        accelerator.device,
+        accelerator.num_processes,
+        "" if accelerator.num_processes == 1 else "es",
+        training.precision,
+        f"{torch.get_num_threads()} threads each" if use_cpu else torch.cuda.get_device_name(accelerator.device),
+    )
+    return accelerator
+
+
+def _refuse_lost_processes() -> None:
+    """Refuse what `accelerate launch --cpu --num_processes 2` does: one process, told only by a rendezvous address."""
+    started_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if started_by_accelerate and "WORLD_SIZE" not in os.environ and "MASTER_PORT" in os.environ:
+        raise UserError(
+            "accelerate launch was asked for several processes but started one, as --cpu does; start the run with "
+            "accelerate launch --multi_gpu --num_processes N (CPU machines included) or torchrun --nproc_per_node N"
+        )
+
+
+def _threads_per_process() -> int:
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // local)
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Run `work` on the main process and give its result to all; a `UserError` in it is raised by all of them.
+
+    Without this the other processes would wait in a barrier for a main process that has already given up.
+    """
+    outcome: list[object] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = work()
+        except UserError as error:
+            outcome[1] = str(error)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(str(outcome[1]))
+    return outcome[0]  # type: ignore[return-value]

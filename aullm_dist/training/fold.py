@@ -1,0 +1,371 @@
+"""Training of one fold: the explicit loop, its evaluations, its checkpoints and its resume."""
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from aullm_dist.config import Config, to_dict
+from aullm_dist.data.clips import ClipStore
+from aullm_dist.data.protocols import Fold
+from aullm_dist.errors import UserError
+from aullm_dist.files import write_text
+from aullm_dist.log import get_logger, warn_once
+from aullm_dist.training.batches import Batch, training_loader
+from aullm_dist.training.build import BuiltModel, evaluation_recipe, training_recipe
+from aullm_dist.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from aullm_dist.training.heldout import Answers, HeldOut, Score
+from aullm_dist.training.monitor import Monitor, Throughput, memory_gib
+from aullm_dist.training.objective import Objective
+from aullm_dist.training.optimizer import build_optimizer, schedule, set_learning_rates
+from aullm_dist.training.order import BatchPlan, SampleStream, generator
+from aullm_dist.training.predictions import Prediction, prediction_path, write_predictions
+from aullm_dist.training.retention import find_newest_valid, rotate
+
+logger = get_logger(__name__)
+
+SENSITIVITY_WARNING = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class FoldPaths:
+    """Where a fold keeps what it writes."""
+
+    run: Path
+    fold: int
+
+    @property
+    def folder(self) -> Path:
+        """`RUN/fold-00`."""
+        return self.run / f"fold-{self.fold:02d}"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the fold's checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of the fold's event files."""
+        return self.run / "tensorboard" / f"fold-{self.fold:02d}"
+
+
+class FoldTrainer:
+    """Trains the trainables of one model on one fold.
+
+    Args:
+        accelerator: the run's Accelerator.
+        config: the run's configuration.
+        built: the model, in its initial state, on the accelerator's device.
+        model: the same model as the Accelerator prepared it.
+        store: all clips.
+        fold: which clips train, choose thresholds and test.
+        aus: AU numbers.
+        score: turns labels and logits into metrics (evaluation's business, handed down).
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: Config,
+        built: BuiltModel,
+        model: nn.Module,
+        store: ClipStore,
+        fold: Fold,
+        aus: tuple[int, ...],
+        score: Score,
+    ) -> None:
+        self.accelerator, self.config, self.built, self.model = accelerator, config, built, model
+        self.aus, self.score = aus, score
+        self.fold = fold
+        self.paths = FoldPaths(Path(config.training.output), fold.index)
+        # The loop below only ever sees these views: the training view cannot reach an inner or a test clip.
+        self.train_view = store.view(fold.train)
+        self.inner_view, self.test_view = store.view(fold.inner), store.view(fold.test)
+        training = config.training
+        self.stream = SampleStream(len(self.train_view), training.seed)
+        self.plan = BatchPlan(
+            training.global_batch, training.micro_batch, accelerator.num_processes, accelerator.process_index
+        )
+        total = math.ceil(training.epochs * len(self.train_view) / training.global_batch)
+        self.total_steps = min(total, training.max_steps or total)
+        self.objective = Objective.from_config(config)
+        self.held_out = HeldOut(accelerator, evaluation_recipe(config, built), aus, training.micro_batch)
+        self.trainables = [p for p in built.model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(built.model, training)
+        self.bad_steps = 0
+
+    def run(self, resume: bool) -> None:
+        """Train to the last step, when resuming from the newest valid checkpoint; leaves checkpoint and answers."""
+        first_step = self._restore() if resume else 0
+        active = self.config.monitor.tensorboard and self.accelerator.is_main_process
+        monitor = Monitor(self.paths.tensorboard, active, first_step)
+        try:
+            if first_step == 0:
+                monitor.text("config", f"```\n{json.dumps(to_dict(self.config), indent=2)}\n```")
+            if first_step < self.total_steps:
+                self._train(monitor, first_step)
+            elif not self._final_predictions().exists():
+                self._evaluate(monitor, self.total_steps)
+        finally:
+            monitor.close()
+
+    def _train(self, monitor: Monitor, first_step: int) -> None:
+        loader = training_loader(
+            self.train_view,
+            self._training_labels(),
+            training_recipe(self.config, self.built),
+            self.stream,
+            self.plan,
+            (first_step, self.total_steps),
+            self.config.data.workers,
+            pin=self.accelerator.device.type == "cuda",
+        )
+        bar = tqdm(
+            total=self.total_steps,
+            initial=first_step,
+            desc=f"Fold {self.fold.index}",
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+            dynamic_ncols=True,
+        )
+        self.model.train()
+        batches = iter(loader)
+        log, rate = _LossLog(self.accelerator), Throughput()
+        with bar, logging_redirect_tqdm([get_logger()]):
+            for step in range(first_step, self.total_steps):
+                norm = self._step(batches, step, log, rate)
+                done = step + 1
+                if done % self.config.monitor.log_every_steps == 0 or done == self.total_steps:
+                    losses = log.read()
+                    bar.set_postfix_str(_short(losses), refresh=False)
+                    monitor.scalars("loss", losses, done)
+                    rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+                    monitor.scalars("lr", rates, done)
+                    monitor.scalars("train", {"grad_norm": norm, "epoch": self._epoch(done), **rate.read()}, done)
+                    monitor.scalars("memory", memory_gib(), done)
+                bar.update()
+                if self._evaluates_at(done):
+                    self._evaluate(monitor, done)
+                if self._saves_at(done):
+                    self._save(done)
+
+    def _step(self, batches: Iterator[Batch], step: int, log: "_LossLog", rate: Throughput) -> float:
+        """One optimizer step over its micro-batches; returns the gradient norm before clipping."""
+        training, accelerator = self.config.training, self.accelerator
+        set_learning_rates(
+            self.optimizer, schedule(step, self.total_steps, training.warmup_fraction, training.min_lr_fraction)
+        )
+        norm = math.nan
+        for micro in range(self.plan.accumulation):
+            batch = next(batches).to(accelerator.device)
+            # Dropout depends on (seed, step, micro-step, rank) alone, so there is no generator state to save.
+            key = generator(training.seed, "dropout", step, micro, accelerator.process_index)
+            torch.manual_seed(int(key.integers(2**62)))
+            with accelerator.accumulate(self.model):
+                with accelerator.autocast():
+                    output = self.model(batch.views, batch.view_index, batch.edge_mask, batch.branches)
+                loss, components = self.objective(output, batch)
+                accelerator.backward(loss)
+                log.add(components)
+                rate.add(
+                    len(batch.sample_ids) * accelerator.num_processes,
+                    self.built.tokens(len(batch.branches)) * accelerator.num_processes,
+                )
+                if accelerator.sync_gradients:
+                    norm = float(accelerator.clip_grad_norm_(self.trainables, training.clip_norm))
+                    self._apply(norm, step)
+        return norm
+
+    def _apply(self, norm: float, step: int) -> None:
+        """Take the step unless a gradient is not finite; every process sees the same norm, so all decide alike."""
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self.bad_steps = 0
+        else:
+            self.bad_steps += 1
+            logger.warning("Step %d: the gradient is not finite; step skipped (%d in a row)", step, self.bad_steps)
+            if self.bad_steps >= self.config.training.max_bad_steps:
+                raise UserError(
+                    f"fold {self.fold.index}, step {step}: the gradient was not finite in {self.bad_steps} steps in a "
+                    "row; lower training.lr_new and training.lr_lora or use training.precision=fp32"
+                )
+        self.optimizer.zero_grad()
+
+    def _training_labels(self) -> np.ndarray:
+        labels = self.train_view.labels(self.aus)
+        if self.config.data.shuffle_labels:
+            labels = labels[generator(self.config.training.seed, "shuffled labels").permutation(len(labels))]
+        return labels
+
+    def _epoch(self, step: int) -> float:
+        return step * self.config.training.global_batch / len(self.train_view)
+
+    def _evaluates_at(self, step: int) -> bool:
+        if step == self.total_steps:
+            return True
+        every = self.config.training.evaluate_every_epochs
+        return int(self._epoch(step)) // every > int(self._epoch(step - 1)) // every
+
+    def _saves_at(self, step: int) -> bool:
+        every = self.config.training.save_every_steps
+        return step == self.total_steps or (step % every == 0 if every else self._evaluates_at(step))
+
+    def _evaluate(self, monitor: Monitor, step: int) -> None:
+        """Answer inner and test clips, store the logits by sample id, log metrics and sensitivities."""
+        rows: list[Prediction] = []
+        answers: dict[str, Answers] = {}
+        for role, view in (("inner", self.inner_view), ("test", self.test_view)):
+            if len(view):
+                answers[role] = self.held_out.answer(self.model, view)
+                rows += _predictions(answers[role], self.fold.index, role)
+        if not rows:
+            return
+        role = "test" if "test" in answers else "inner"
+        view = self.test_view if role == "test" else self.inner_view
+        shown = answers[role]
+        sensitivity = None
+        if self.built.base is not None:
+            sensitivity = self.held_out.sensitivity(self.model, view, shown, self.score)
+        if not self.accelerator.is_main_process:
+            return
+        epoch = int(self._epoch(step))
+        write_predictions(
+            prediction_path(self.paths.run, self.fold.index, epoch), rows, aus=self.aus, epoch=epoch, step=step
+        )
+        summary = self.score((shown.labels, shown.logits), self.aus)
+        monitor.metrics(summary, step)
+        message = f"Epoch {epoch}: held-out f1_macro {100 * summary['mean']['f1_macro']:.1f}"
+        if sensitivity is not None:
+            self._report_sensitivity(sensitivity, monitor, step)
+            changes = [sensitivity[token]["mean_abs_change"] for token in ("content", "instruction")]
+            message += f", sensitivity to CT {changes[0]:.3f}, to IT {changes[1]:.3f}"
+        logger.info(message)
+
+    def _report_sensitivity(self, sensitivity: dict[str, Any], monitor: Monitor, step: int) -> None:
+        write_text(self.paths.folder / "sensitivity.json", json.dumps({"step": step, **sensitivity}, indent=2) + "\n")
+        tokens = ["content", "instruction"] if self.config.model.structure else ["content"]
+        monitor.scalars("sensitivity", {token: sensitivity[token]["mean_abs_change"] for token in tokens}, step)
+        for token in tokens:
+            if step == self.total_steps and sensitivity[token]["mean_abs_change"] < SENSITIVITY_WARNING:
+                warn_once(
+                    logger,
+                    f"Fold {self.fold.index}: zeroing the {token} token changes the answers by "
+                    f"{sensitivity[token]['mean_abs_change']:.4f} on average: the LLM hardly uses it",
+                )
+
+    def _final_predictions(self) -> Path:
+        return prediction_path(self.paths.run, self.fold.index, int(self._epoch(self.total_steps)))
+
+    def _save(self, step: int) -> None:
+        error: list[CheckpointError | None] = [None]
+        try:
+            save_checkpoint(
+                self.paths.checkpoints,
+                step,
+                model=self.built.model,
+                optimizer=self.optimizer,
+                state={
+                    "step": step,
+                    "consumed_samples": step * self.config.training.global_batch,
+                    "epoch": self._epoch(step),
+                    "fold": self.fold.index,
+                    "fold_name": self.fold.name,
+                    "seed": self.config.training.seed,
+                    "bad_steps": self.bad_steps,
+                },
+                config=to_dict(self.config),
+                model_config=self.built.model_config,
+                base=self.built.base,
+                world_size=self.accelerator.num_processes,
+                is_writer=self.accelerator.is_main_process,
+            )
+            if self.accelerator.is_main_process:
+                rotate(self.paths.checkpoints, self.config.training.keep_checkpoints)
+        except CheckpointError as problem:  # every process must learn of it, or the others wait for ever
+            error[0] = problem
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(error)
+        if error[0] is not None:
+            raise error[0]
+
+    def _restore(self) -> int:
+        """Load the newest valid checkpoint, the same on every process, and return its step; 0 without one."""
+        found: list[str | None] = [None]
+        if self.accelerator.is_main_process:
+            newest = find_newest_valid(self.paths.checkpoints, logger)
+            found[0] = str(newest) if newest else None
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        if found[0] is None:
+            return 0
+        state = load_checkpoint(
+            Path(found[0]),
+            self.built.model,
+            self.optimizer,
+            model_config=self.built.model_config,
+            base=self.built.base,
+            mode="size",  # the main process has just read every byte of it
+        )
+        self.bad_steps = state["bad_steps"]
+        logger.info("Fold %d: resumed from %s", self.fold.index, found[0])
+        return min(int(state["step"]), self.total_steps)
+
+    def clear(self) -> None:
+        """Remove what an earlier run left for this fold."""
+        for folder in (self.paths.folder, self.paths.tensorboard):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class _LossLog:
+    """Sums of loss components since the last reading, reduced over processes only when read."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, components: Mapping[str, Tensor]) -> None:
+        for name, value in components.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def read(self) -> dict[str, float]:
+        """Return the mean of each component over the clips that drew it."""
+        # A rank may not have drawn a component the others drew, so all agree on the names first.
+        names = sorted(self._sums)
+        if self._accelerator.num_processes > 1:
+            gathered: list[Any] = [None] * self._accelerator.num_processes
+            torch.distributed.all_gather_object(gathered, names)
+            names = sorted(set().union(*gathered))
+        if not names:
+            return {}
+        zero = torch.zeros(2, device=self._accelerator.device)
+        table = torch.stack([self._sums.get(name, zero).float() for name in names])
+        table = self._accelerator.reduce(table, reduction="sum").cpu()
+        self._sums = {}
+        return {name: (row[0] / row[1]).item() for name, row in zip(names, table, strict=True) if row[1] > 0}
+
+
+def _predictions(answers: Answers, fold: int, role: str) -> list[Prediction]:
+    return [
+        Prediction(sample_id, subject, corpus, fold, role, tuple(map(int, labels)), tuple(map(float, logits)))
+        for sample_id, subject, corpus, labels, logits in zip(
+            answers.sample_ids, answers.subjects, answers.corpora, answers.labels, answers.logits, strict=True
+        )
+    ]
+
+
+def _short(losses: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {value:.2g}" for name, value in sorted(losses.items(), key=lambda item: item[0] != "loss"))

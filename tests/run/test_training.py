@@ -1,0 +1,226 @@
+"""The main job end to end on real files: runs, resumes, refuses, and never learns from the test side."""
+
+import json
+import shutil
+
+import datasets
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_runs import checkpoint_tensors, launch, logits, newest_checkpoint, overrides, train_here
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_dataset, tiny_llm, tmp_path_factory):
+    """A finished run of eight steps with a checkpoint in the middle of an epoch."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    settings = overrides(
+        tiny_dataset, tiny_llm, run, training__micro_batch=2, training__max_steps=8, training__save_every_steps=3,
+        training__epochs=9, training__keep_checkpoints=9,
+    )  # fmt: skip
+    assert train_here(*settings) == 0
+    return run, settings
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    run, _ = finished
+    for name in ("config.yaml", "environment.json", "folds.json", "metrics.json", "table.md", "table.csv"):
+        assert (run / name).is_file(), name
+    metrics = json.loads((run / "metrics.json").read_text())
+    for key in ("mean", "floors"):
+        assert {"f1_binary", "f1_macro", "auc"} <= set(metrics[key])
+    assert set(metrics["per_au"]) == {"AU1", "AU2", "AU4", "AU7", "AU12", "AU14", "AU15", "AU17"}
+    steps = [path.name for path in sorted((run / "fold-00" / "checkpoints").iterdir())]
+    assert steps == ["step-00000003", "step-00000006", "step-00000008"]
+
+
+def test_tensorboard_has_every_group(finished):
+    run, _ = finished
+    events = EventAccumulator(str(run / "tensorboard" / "fold-00"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {
+        "loss/loss", "loss/asl", "loss/graph", "loss/structure", "loss/appearance", "loss/neutral",
+        "loss/contradiction", "lr/lora", "lr/new", "lr/led", "train/grad_norm", "train/clips_per_second",
+        "train/tokens_per_second", "memory/host_gib", "memory/host_peak_gib", "heldout/f1_macro",
+        "heldout_f1_macro/AU4", "sensitivity/content", "sensitivity/instruction",
+    } <= tags  # fmt: skip
+    assert [event.step for event in events.Scalars("loss/loss")] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("kept", [3, 6])
+def test_a_resumed_run_is_bit_identical(finished, tmp_path, kept):
+    """Step 3 lies inside an epoch; two micro-batches make a step."""
+    run, settings = finished
+    resumed = tmp_path / "run"
+    shutil.copytree(run, resumed)
+    for folder in (resumed / "fold-00" / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > kept:
+            shutil.rmtree(folder)
+    shutil.rmtree(resumed / "fold-00" / "predictions")
+    assert train_here(*settings, f"training.output={resumed}", "--resume", "auto") == 0
+    expected, found = (checkpoint_tensors(newest_checkpoint(folder)) for folder in (run, resumed))
+    assert expected.keys() == found.keys()
+    different = [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
+    assert not different
+    assert logits(run) == logits(resumed)
+
+
+def test_a_finished_run_is_resumed_without_training(finished, capsys):
+    run, settings = finished
+    before = newest_checkpoint(run).stat().st_mtime_ns
+    assert train_here(*settings, "--resume", "auto") == 0
+    assert newest_checkpoint(run).stat().st_mtime_ns == before
+    assert "Held-out subjects" in capsys.readouterr().out
+
+
+def test_a_run_folder_in_use_is_not_overwritten(finished, capsys):
+    run, settings = finished
+    before = sorted(path.name for path in run.rglob("*"))
+    assert train_here("--config", "demo", *settings) == 2
+    message = capsys.readouterr().err
+    assert "holds a run already" in message
+    assert "Traceback" not in message
+    assert before == sorted(path.name for path in run.rglob("*"))
+
+
+def test_resume_with_another_configuration_names_the_key(finished, capsys):
+    _, settings = finished
+    assert train_here(*settings, "training.lr_new=0.5", "--resume", "auto") == 2
+    assert "training.lr_new = 0.001, now it is 0.5" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path, capsys):
+    run, settings = finished
+    damaged = tmp_path / "run"
+    shutil.copytree(run, damaged)
+    victim = newest_checkpoint(damaged) / "optimizer.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-10])
+    assert train_here(*settings, f"training.output={damaged}", "--resume", "auto") == 0
+    assert "step-00000008" in capsys.readouterr().err
+    assert logits(run) == logits(damaged)
+
+
+def test_a_checkpoint_of_another_model_is_refused(finished, tiny_dataset, tiny_llm, tmp_path, capsys):
+    run, _ = finished
+    other = tmp_path / "run"
+    settings = overrides(tiny_dataset, tiny_llm, other, model__readout="per_au", training__max_steps=1)
+    assert train_here(*settings) == 0
+    shutil.rmtree(other / "fold-00" / "checkpoints")
+    shutil.copytree(run / "fold-00" / "checkpoints", other / "fold-00" / "checkpoints")
+    before = sorted(path.name for path in other.rglob("*"))
+    capsys.readouterr()
+    assert train_here(*settings, "--resume", "auto") == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("train.py: error: ")
+    assert "step-" in message
+    assert before == sorted(path.name for path in other.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__llm": "none", "counterfactual__branches": 2},
+        {"model__readout": "per_au", "model__llm_architecture": "qwen3"},
+        {"model__structure": False, "counterfactual__branches": 1},
+        {"model__evidence": "mid_only", "model__packing": False},
+        {"model__training_statistics": True, "model__activation_checkpointing": True},
+        {"counterfactual__enabled": False, "training__precision": "bf16"},
+        {"model__suffixes_per_row": 5, "data__workers": 1, "model__lora_dropout": 0.1},
+    ],
+    ids=lambda changes: "-".join(key.split("__")[1] for key in changes),
+)
+def test_every_kind_of_run_trains_and_evaluates(tiny_dataset, tiny_llm, tmp_path, changes):
+    settings = overrides(tiny_dataset, tiny_llm, tmp_path / "run", training__max_steps=2, **changes)
+    assert train_here(*settings) == 0
+    assert (tmp_path / "run" / "metrics.json").is_file()
+
+
+def test_loso_trains_every_fold_from_the_same_start(tiny_dataset, tiny_llm, tmp_path):
+    """A fold trained after others equals the fold trained alone: only the data differ, not the state it starts from."""
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    changes = {"data__protocol": "loso", "training__max_steps": 2}
+    assert train_here(*overrides(tiny_dataset, tiny_llm, together, data__fold=None, **changes)) == 0
+    assert train_here(*overrides(tiny_dataset, tiny_llm, alone, data__fold=3, **changes)) == 0
+    assert logits(together, 3) == logits(alone, 3)
+    metrics = json.loads((together / "metrics.json").read_text())
+    assert (metrics["num_clips"], metrics["num_subjects"], metrics["folds"]["present"]) == (24, 6, 6)
+
+
+def test_protocol_all_trains_on_everything_and_keeps_inner_answers(tiny_dataset, tiny_llm, tmp_path, capsys):
+    run = tmp_path / "run"
+    settings = overrides(tiny_dataset, tiny_llm, run, data__protocol="all", data__fold=None, training__max_steps=1)
+    assert train_here(*settings) == 0
+    plan = json.loads((run / "folds.json").read_text())
+    assert plan["folds"][0]["test"] == []
+    assert set(logits(run)) == set(plan["folds"][0]["inner"])
+    assert "Checkpoints" in capsys.readouterr().out
+
+
+def _with_other_test_labels(dataset, run, folder):
+    """Copy a prepared dataset with the labels of fold 0's test clips replaced by their complement."""
+    test = set(json.loads((run / "folds.json").read_text())["folds"][0]["test"])
+    assert test
+    aus = {1, 2, 4, 7, 12, 14, 15, 17}
+    changed = datasets.load_from_disk(str(dataset)).map(
+        lambda row: {"aus": sorted(aus - set(row["aus"]))} if row["sample_id"] in test else row,
+        load_from_cache_file=False,
+    )
+    changed.save_to_disk(str(folder))
+    return folder
+
+
+def test_labels_of_the_test_fold_change_no_training_artefact(tiny_dataset, tiny_llm, tmp_path):
+    """Prior statistics, weights, optimizer and the thresholds' own answers must not know the test labels."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    changes = {"training__max_steps": 4, "model__training_statistics": True}
+    assert train_here(*overrides(tiny_dataset, tiny_llm, first, **changes)) == 0
+    other = _with_other_test_labels(tiny_dataset, first, tmp_path / "other")
+    assert train_here(*overrides(other, tiny_llm, second, **changes)) == 0
+    expected, found = (checkpoint_tensors(newest_checkpoint(run)) for run in (first, second))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert (first / "folds.json").read_bytes() == (second / "folds.json").read_bytes()
+    assert logits(first) == logits(second)
+    tables = [json.loads((run / "metrics.json").read_text()) for run in (first, second)]
+    assert tables[0]["inner_thresholds"]["folds"] == tables[1]["inner_thresholds"]["folds"]
+    # The labels did change, or all of the above would show nothing.
+    assert tables[0]["mean"] != tables[1]["mean"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"model__llm": "/no/such/model"}, "/no/such/model"),
+        ({"data__fold": 2, "data__folds": 40}, "folds"),
+        ({"data__aus": "[4, 99]"}, "AU99"),
+        ({"data__train": '["/no/such/dataset"]'}, "/no/such/dataset"),
+        ({"data__size": 96}, "data.size is 96"),
+        ({"model__lora_targets": "[no_such_layer]"}, "no_such_layer"),
+        ({"training__processes": 2, "training__global_batch": 8}, "training.processes is 2"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tiny_dataset, tiny_llm, tmp_path, capsys, changes, part):
+    assert train_here(*overrides(tiny_dataset, tiny_llm, tmp_path / "run", **changes)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert part in lines[-1]
+    assert lines[-1].startswith("train.py: error: ")
+    assert not list((tmp_path).rglob("checkpoints"))
+
+
+def test_not_finite_gradients_are_skipped_and_then_stop_the_run(tiny_dataset, tiny_llm, tmp_path, capsys):
+    settings = overrides(tiny_dataset, tiny_llm, tmp_path / "run", training__lr_new=1e30, training__max_bad_steps=2)
+    assert train_here(*settings) == 2
+    message = capsys.readouterr().err
+    assert "step skipped (1 in a row)" in message
+    assert "not finite in 2 steps in a row" in message
+
+
+@pytest.mark.launch
+def test_launched_as_a_user_would_with_one_process(tiny_dataset, tiny_llm, tmp_path):
+    result = launch(*overrides(tiny_dataset, tiny_llm, tmp_path / "run", training__max_steps=2))
+    assert result.returncode == 0, result.stderr
+    assert "Held-out subjects" in result.stdout
+    assert "2/2" in result.stderr
+    noise = [line for line in result.stderr.splitlines() if "warn" in line.lower() or "deprecat" in line.lower()]
+    assert not [line for line in noise if "hardly uses it" not in line], noise

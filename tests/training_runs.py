@@ -1,0 +1,100 @@
+"""Small training runs for the tests: the real command line on a tiny corpus and a tiny backbone."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = ROOT / "aullm_dist" / "train.py"
+
+
+def overrides(dataset: Path, llm: Path | str, output: Path, **changes: object) -> list[str]:
+    """Return `section.key=value` settings of a run of a few steps; `changes` are given as section__key=value."""
+    settings = {
+        "data.train": json.dumps([str(dataset)]),
+        "data.protocol": "grouped",
+        "data.folds": 3,
+        "data.fold": 0,
+        "data.inner_fraction": 0.3,
+        "data.workers": 0,
+        "model.llm": llm,
+        "model.lora_rank": 4,
+        "model.graph_width": 16,
+        "model.graph_heads": 2,
+        "training.output": output,
+        "training.epochs": 2,
+        "training.global_batch": 4,
+        "training.micro_batch": 4,
+        "training.cpu_threads": 1,
+        "training.evaluate_every_epochs": 1,
+        "training.baseline": False,
+        "monitor.log_every_steps": 1,
+    }
+    settings |= {name.replace("__", ".", 1): value for name, value in changes.items()}
+    return [f"{name}={_as_yaml(value)}" for name, value in settings.items()]
+
+
+def train_here(*arguments: str) -> int:
+    """Run the main job in this process and return its exit code."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    from aullm_dist.train_cli import main
+
+    # Accelerate keeps one state per process; each run here is a start of its own.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return main(list(arguments))
+
+
+def launch(*arguments: str, processes: int = 1, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Start the main job as a user would, through `accelerate launch`."""
+    several = ["--multi_gpu", f"--main_process_port={free_port()}"] if processes > 1 else []
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", f"--num_processes={processes}"]
+    command += [*several, "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", *launcher]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, str(TRAIN), *arguments], capture_output=True, text=True, timeout=500, env=environment, check=False
+    )
+
+
+def free_port() -> int:
+    """Return a loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def newest_checkpoint(run: Path, fold: int = 0) -> Path:
+    """Return the last checkpoint of a fold."""
+    return sorted((run / f"fold-{fold:02d}" / "checkpoints").glob("step-*"))[-1]
+
+
+def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return every tensor of a checkpoint, with its file's name before its own."""
+    return {f"{path.name}:{name}": t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+def logits(run: Path, fold: int = 0) -> dict[str, list[float]]:
+    """Return the final logits of a fold by sample id, inner clips included."""
+    path = sorted((run / f"fold-{fold:02d}" / "predictions").glob("epoch-*.jsonl"))[-1]
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    return {row["sample_id"]: row["logits"] for row in rows}
+
+
+def scalars(run: Path, tag: str, fold: int = 0) -> list[float]:
+    """Return the values of a TensorBoard scalar, step by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard" / f"fold-{fold:02d}"))
+    events.Reload()
+    return [event.value for event in events.Scalars(tag)]
+
+
+def _as_yaml(value: object) -> object:
+    return {True: "true", False: "false", None: "null"}.get(value, value) if isinstance(value, bool | None) else value

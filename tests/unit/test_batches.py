@@ -1,0 +1,139 @@
+"""Batches: index tables, keyed draws, and gradients that do not depend on how a global batch is cut."""
+
+import numpy as np
+import pytest
+import torch
+
+from aullm_dist.config import load
+from aullm_dist.data.clips import ClipStore
+from aullm_dist.errors import UserError
+from aullm_dist.model.counterfactual import Chances
+from aullm_dist.training.batches import ClipRecipe, collate, evaluation_batches, make_sample
+from aullm_dist.training.build import build_model, training_recipe
+from aullm_dist.training.objective import Objective
+
+AUS = (1, 2, 4, 7, 12)
+PRIOR = np.array([True, True, True, False])
+
+
+def _edit(rng: np.random.Generator) -> np.ndarray:
+    mask = PRIOR.copy()
+    mask[rng.integers(3)] = False
+    return mask
+
+
+def _recipe(**changes: object) -> ClipRecipe:
+    settings = {
+        "num_frames": 6,
+        "cut_fraction": 0.2,
+        "augment": True,
+        "chances": Chances(3, {"structure": 1.0, "appearance": 1.0, "neutral": 1.0}),
+        "prior_mask": PRIOR,
+        "edit_structure": _edit,
+        "contradiction": True,
+        "seed": 0,
+    }
+    return ClipRecipe(**{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def view(tiny_dataset):
+    store = ClipStore([tiny_dataset], 64)
+    return store.view([sample.sample_id for sample in store.samples])
+
+
+def test_branches_point_at_the_views_and_structures_of_their_own_clip(view):
+    labels = view.labels(AUS)
+    batch = collate([make_sample(view, i, labels[i], _recipe(), epoch=0) for i in range(3)])
+    assert batch.views.shape == (9, 6, 64, 64)
+    assert batch.edge_mask.shape == (12, 4)
+    assert {kind: len(rows) for kind, (rows, _) in batch.rows.items()} == {
+        "factual": 3, "structure": 3, "appearance": 3, "neutral": 3, "evidence_only": 3, "structure_only": 3,
+    }  # fmt: skip
+    for rows, clips in batch.rows.values():
+        assert (batch.branches[rows, 0] // 3 == clips).all()
+        assert (batch.branches[rows, 1] // 4 == clips).all()
+    factual, _ = batch.rows["factual"]
+    structure, _ = batch.rows["structure"]
+    # The structure intervention leaves the evidence alone and edits only its own mask.
+    assert (batch.branches[structure, 0] == batch.branches[factual, 0]).all()
+    assert batch.edge_mask[batch.branches[factual, 1]].sum() == 9
+    assert batch.edge_mask[batch.branches[structure, 1]].sum() == 6
+
+
+def test_crossed_pairs_exchange_the_tokens_of_clip_and_neutral_twin(view):
+    labels = view.labels(AUS)
+    batch = collate([make_sample(view, i, labels[i], _recipe(), epoch=0) for i in range(2)])
+    pair = {kind: batch.branches[batch.rows[kind][0]] for kind in batch.rows}
+    torch.testing.assert_close(pair["evidence_only"][:, 0], pair["factual"][:, 0])
+    torch.testing.assert_close(pair["evidence_only"][:, 1], pair["neutral"][:, 1])
+    torch.testing.assert_close(pair["structure_only"][:, 0], pair["neutral"][:, 0])
+    torch.testing.assert_close(pair["structure_only"][:, 1], pair["factual"][:, 1])
+
+
+def test_draws_are_keyed_by_seed_epoch_and_sample(view):
+    labels = view.labels(AUS)
+
+    def views(epoch: int, seed: int = 0) -> np.ndarray:
+        return np.stack(make_sample(view, 1, labels[1], _recipe(seed=seed), epoch).views)
+
+    np.random.seed(1)
+    first = views(0)
+    np.random.seed(2)
+    np.testing.assert_array_equal(first, views(0))
+    assert np.abs(first - views(1)).max() > 0
+    assert np.abs(first - views(0, seed=1)).max() > 0
+
+
+def test_evaluation_takes_every_clip_once_over_all_processes_without_draws(view):
+    labels = view.labels(AUS)
+    recipe = ClipRecipe(num_frames=6, prior_mask=PRIOR)
+    seen = []
+    for rank in range(3):
+        for batch in evaluation_batches(view, labels, recipe, micro_batch=4, processes=3, rank=rank):
+            assert set(batch.rows) == {"factual"}
+            seen += batch.sample_ids
+    assert sorted(seen) == sorted(sample.sample_id for sample in view.samples)
+
+
+def test_without_a_graph_there_is_no_edge_mask(view):
+    labels = view.labels(AUS)
+    recipe = _recipe(prior_mask=None, contradiction=False, chances=Chances(2, {"appearance": 1.0, "neutral": 1.0}))
+    batch = collate([make_sample(view, i, labels[i], recipe, epoch=0) for i in range(2)])
+    assert batch.edge_mask is None
+    assert set(batch.rows) == {"factual", "appearance", "neutral"}
+
+
+@pytest.mark.parametrize("llm", ["aullm", "none"])
+def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(view, tiny_llm, llm):
+    config = load(None, [f"model.llm={'none' if llm == 'none' else tiny_llm}", "model.dropout=0.0"])
+    config.counterfactual.branches = 2
+    built = build_model(config, AUS, tiny_llm)
+    recipe, objective = training_recipe(config, built), Objective.from_config(config)
+    labels = view.labels(AUS)
+    samples = [make_sample(view, i, labels[i], recipe, epoch=0) for i in range(8)]
+
+    def gradients(size: int) -> dict[str, torch.Tensor]:
+        built.model.zero_grad()
+        for start in range(0, 8, size):
+            batch = collate(samples[start : start + size])
+            output = built.model(batch.views, batch.view_index, batch.edge_mask, batch.branches)
+            loss, _ = objective(output, batch)
+            (loss * size / 8).backward()
+        return {name: p.grad.clone() for name, p in built.model.named_parameters() if p.requires_grad}
+
+    whole, parts = gradients(8), gradients(2)
+    # The LoRA product is zero at first, so the A matrices have no gradient yet; everything else must have one.
+    silent = {name for name, gradient in whole.items() if not gradient.abs().sum() > 0}
+    assert all("lora_A" in name for name in silent), silent
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_missing_dataset_another_size_and_a_repeated_one_are_refused(tiny_dataset, tmp_path):
+    with pytest.raises(UserError, match="no prepared dataset"):
+        ClipStore([tmp_path], 64)
+    with pytest.raises(UserError, match="64x64 pixels, data.size is 96"):
+        ClipStore([tiny_dataset], 96)
+    with pytest.raises(UserError, match="occurs twice"):
+        ClipStore([tiny_dataset, tiny_dataset], 64)

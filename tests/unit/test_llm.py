@@ -1,0 +1,185 @@
+"""Loading a backbone: LoRA that stock PEFT can load, freezing, the tiny backbone, refusals."""
+
+import json
+import shutil
+import socket
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, Qwen3Config
+
+from aullm_dist.errors import UserError
+from aullm_dist.model.llm import embedding_rms, load_backbone, mean_embeddings
+from aullm_dist.model.packing import decoder_of
+from aullm_dist.model.tiny import build_tiny_backbone
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return build_tiny_backbone(tmp_path_factory.mktemp("tiny") / "llama", hidden=32, layers=2, heads=2)
+
+
+def randomise_lora(model):
+    generator = torch.Generator().manual_seed(1)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data.normal_(std=0.1, generator=generator)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapter_loads_with_stock_peft_onto_the_plain_model(tiny, tmp_path):
+    backbone = load_backbone(tiny, lora_rank=4)
+    randomise_lora(backbone.model)
+    backbone.model.save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tiny)
+    embeds = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        before = plain.model(inputs_embeds=embeds).last_hidden_state
+        stock = PeftModel.from_pretrained(plain, tmp_path).eval()
+        after = stock(inputs_embeds=embeds, output_hidden_states=True).hidden_states[-1]
+        ours = decoder_of(backbone.model.eval())(inputs_embeds=embeds).last_hidden_state
+    torch.testing.assert_close(ours, after, rtol=0, atol=1e-6)
+    assert (ours - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_lora_is_trainable_and_float32(tiny, dtype):
+    model = load_backbone(tiny, dtype=dtype, lora_rank=4).model
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trainable) == 2 * 2 * 7  # A and B on 7 linear layers of 2 decoder layers
+    assert all(".lora_" in name and "lm_head" not in name for name in trainable)
+    assert {p.dtype for p in trainable.values()} == {torch.float32}
+    assert {p.dtype for name, p in model.named_parameters() if name not in trainable} == {dtype}
+
+
+def test_lora_targets_by_name_and_rank_zero(tiny):
+    model = load_backbone(tiny, lora_rank=2, lora_targets=["q_proj", "v_proj"]).model
+    assert {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad} == {"q_proj", "v_proj"}
+    plain = load_backbone(tiny, lora_rank=0).model
+    assert not isinstance(plain, PeftModel)
+    assert not any(p.requires_grad for p in plain.parameters())
+
+
+def test_lora_seed_decides_the_weights_and_leaves_the_global_generator(tiny):
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    first, again, other = (load_backbone(tiny, seed=seed).model for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    name = next(name for name, _ in first.named_parameters() if "lora_A" in name)
+    assert torch.equal(first.get_parameter(name), again.get_parameter(name))
+    assert not torch.equal(first.get_parameter(name), other.get_parameter(name))
+
+
+def test_activation_checkpointing_needs_no_gradient_of_the_embeddings(tiny):
+    model = load_backbone(tiny, activation_checkpointing=True).model
+    layers = decoder_of(model).layers
+    assert all(layer.gradient_checkpointing for layer in layers)
+    assert not model.get_input_embeddings()(torch.tensor([3])).requires_grad
+
+
+def test_local_folder_asks_no_hub(tiny, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a local path opened a connection")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert load_backbone(tiny).hidden_size == 32
+
+
+def test_embedding_helpers(tiny):
+    model = load_backbone(tiny).model
+    weight = model.get_input_embeddings().weight
+    assert not weight[0].any(), "the row of <pad> is zero and must not count"
+    assert embedding_rms(model) == pytest.approx(weight[1:].square().mean().sqrt().item(), rel=1e-5)
+    torch.testing.assert_close(mean_embeddings(model, [(5,), (6, 8)])[1], (weight[6] + weight[8]) / 2)
+
+
+def test_paths_that_are_no_model(tmp_path, tiny):
+    (tmp_path / "empty").mkdir()
+    for name in (str(tmp_path / "absent"), str(tmp_path / "empty"), "./absent", ""):
+        with pytest.raises(
+            UserError, match="allowed: a local folder with config.json, or a Hugging Face name"
+        ) as caught:
+            load_backbone(name)
+        assert "\n" not in str(caught.value)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for content in ("{not json", json.dumps({"model_type": "nothing-known"}), (tiny / "config.json").read_text()):
+        (bare / "config.json").write_text(content)
+        with pytest.raises(UserError, match="cannot be loaded") as caught:
+            load_backbone(bare)
+        assert str(bare) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_damaged_weights_are_refused(tmp_path, tiny):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    weights = load_file(tiny / "model.safetensors")
+    lacking = {k: v for k, v in weights.items() if k != "model.layers.1.mlp.up_proj.weight"}
+    save_file(lacking, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 weights are missing in its files, first model.layers.1.mlp.up_proj.weight"):
+        load_backbone(broken)
+    reshaped = weights | {"model.norm.weight": torch.ones(31)}
+    save_file(reshaped, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"of another shape in its files, first model.norm.weight"):
+        load_backbone(broken)
+    (broken / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_backbone(broken)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"attention": "flash_attention_2"}, "attention is 'flash_attention_2'; allowed: auto, sdpa, eager"),
+        ({"lora_targets": ["q_proj", "nope"]}, "LoRA target 'nope': matches no linear layer"),
+        ({"lora_targets": ["lm_head"]}, "LoRA target 'lm_head': matches no linear layer"),
+        ({"lora_targets": []}, "LoRA targets: none given"),
+    ],
+)
+def test_options_that_are_refused(tiny, options, match):
+    with pytest.raises(UserError, match=match):
+        load_backbone(tiny, **options)
+
+
+def test_architectures_that_are_refused(tmp_path):
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UserError, match=r"'gpt2' has no mask recipe; allowed: llama, qwen3"):
+        load_backbone(tmp_path / "gpt2")
+    BertConfig(is_encoder_decoder=True).save_pretrained(tmp_path / "bert")
+    with pytest.raises(UserError, match="'bert' is no decoder"):
+        load_backbone(tmp_path / "bert")
+    Qwen3Config(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"]).save_pretrained(
+        tmp_path / "swa"
+    )
+    with pytest.raises(UserError, match="layers of type sliding_attention"):
+        load_backbone(tmp_path / "swa")
+
+
+def test_tiny_backbone_is_deterministic_and_reused(tmp_path):
+    sizes = {"hidden": 32, "layers": 1, "heads": 2}
+    one = build_tiny_backbone(tmp_path / "one", architecture="qwen3", **sizes)
+    two = build_tiny_backbone(tmp_path / "two", architecture="qwen3", **sizes)
+    names = sorted(file.name for file in one.iterdir())
+    assert names == sorted(file.name for file in two.iterdir())
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+    written = (one / "model.safetensors").stat().st_mtime_ns
+    assert build_tiny_backbone(one, architecture="qwen3", **sizes) == one
+    assert (one / "model.safetensors").stat().st_mtime_ns == written
+    build_tiny_backbone(one, architecture="qwen3", seed=1, **sizes)
+    assert (one / "model.safetensors").read_bytes() != (two / "model.safetensors").read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_tiny_backbone_keeps_its_hands_off_other_folders(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something else"):
+        build_tiny_backbone(tmp_path)
+    with pytest.raises(UserError, match="architecture is 'gpt2'"):
+        build_tiny_backbone(tmp_path / "new", architecture="gpt2")
+    with pytest.raises(UserError, match=r"hidden a multiple of 2 \* heads"):
+        build_tiny_backbone(tmp_path / "new", hidden=30)
