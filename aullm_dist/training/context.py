@@ -69,8 +69,9 @@ def _refuse_lost_processes() -> None:
     started_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     if started_by_accelerate and "WORLD_SIZE" not in os.environ and "MASTER_PORT" in os.environ:
         raise UserError(
-            "accelerate launch was asked for several processes but started one, as --cpu does; start the run with "
-            "accelerate launch --multi_gpu --num_processes N (CPU machines included) or torchrun --nproc_per_node N"
+            "accelerate launch was asked for several processes but started one, as it does on CPU machines; start the "
+            "run with accelerate launch --multi_gpu --num_processes N (on CPU machines too), or unset MASTER_PORT if one "
+            "process is meant"
         )
 
 

@@ -14,6 +14,7 @@ from aullm_dist.data.protocols import FoldPlan, au_vocabulary, make_folds, selec
 from aullm_dist.errors import UserError
 from aullm_dist.facs import AU_NAMES
 from aullm_dist.log import get_logger
+from aullm_dist.model.aullm import AULLM
 from aullm_dist.model.relations import training_statistics
 from aullm_dist.training import workspace
 from aullm_dist.training.build import BuiltModel, build_model
@@ -62,6 +63,10 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
     llm_path = on_main(accelerator, lambda: workspace.backbone_of(config))
     built = build_model(config, plan.aus, llm_path)
     built.model.to(accelerator.device)
+    if config.model.packing and isinstance(built.model, AULLM):
+        with accelerator.autocast():
+            deviation = built.model.reasoner.self_check()
+        logger.info("Packing: equals the padded forward on this backbone to %.1g", deviation)
     initial = _snapshot(built.model)
     model = accelerator.prepare(built.model)
     for fold in chosen:

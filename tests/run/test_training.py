@@ -9,6 +9,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import checkpoint_tensors, launch, logits, newest_checkpoint, overrides, train_here
 
+from aullm_dist.data.prepare import prepare
+from aullm_dist.data.synthetic import SyntheticSpec, write_corpus
+
 
 @pytest.fixture(scope="module")
 def finished(tiny_dataset, tiny_llm, tmp_path_factory):
@@ -145,6 +148,32 @@ def test_loso_trains_every_fold_from_the_same_start(tiny_dataset, tiny_llm, tmp_
     assert logits(together, 3) == logits(alone, 3)
     metrics = json.loads((together / "metrics.json").read_text())
     assert (metrics["num_clips"], metrics["num_subjects"], metrics["folds"]["present"]) == (24, 6, 6)
+
+
+def test_cross_domain_trains_on_one_corpus_and_tests_on_the_other(tiny_dataset, tiny_llm, tmp_path):
+    spec = SyntheticSpec(corpus="samm", subjects=3, clips_per_subject=4, num_frames=(8, 12), frame_size=(64, 64))
+    write_corpus(spec, tmp_path / "corpus")
+    prepare("samm", tmp_path / "corpus", tmp_path / "samm", size=64, num_workers=1)
+    run = tmp_path / "run"
+    target = json.dumps([str(tmp_path / "samm")])
+    settings = overrides(
+        tiny_dataset, tiny_llm, run, data__protocol="cross", data__test=target, data__fold=None, training__max_steps=1
+    )
+    assert train_here(*settings) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    # The AUs that both corpora code, and every clip of the target corpus.
+    assert (metrics["aus"], metrics["num_clips"]) == ([2, 4, 7, 12], 12)
+    (fold,) = json.loads((run / "folds.json").read_text())["folds"]
+    assert all(name.startswith("samm/") for name in fold["test"])
+    assert all(name.startswith("casme2/") for name in fold["train"] + fold["inner"])
+
+
+def test_the_baseline_is_trained_on_the_same_folds(tiny_dataset, tiny_llm, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train_here(*overrides(tiny_dataset, tiny_llm, run, training__baseline=True, training__max_steps=1)) == 0
+    assert "no-LLM baseline (led_cnn)" in capsys.readouterr().out
+    assert (run / "folds.json").read_bytes() == (run / "baseline" / "folds.json").read_bytes()
+    assert logits(run).keys() == logits(run / "baseline").keys()
 
 
 def test_protocol_all_trains_on_everything_and_keeps_inner_answers(tiny_dataset, tiny_llm, tmp_path, capsys):
