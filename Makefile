@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 comma := ,
 INSTALL := $(if $(shell command -v nvidia-smi 2>/dev/null),-e .[cuda$(comma)dev],-c constraints.txt -e .[dev])
 
+# One process, and no questions: without these accelerate lists its defaults at every start.
+LAUNCH := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
 .PHONY: setup demo test test-unit check format bench clean
 
 setup: $(VENV)/.ready
@@ -18,7 +21,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/accelerate launch --quiet aullm_dist/train.py
+	$(BIN)/accelerate launch $(LAUNCH) aullm_dist/train.py
 
 test: setup
 	$(BIN)/python -m pytest
@@ -35,6 +38,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 bench: setup
+	mkdir -p build/bench
 	$(BIN)/python benchmarks/packed_step.py --json build/bench/packed_step.json
 	$(BIN)/python benchmarks/prepare.py --json build/bench/prepare.json
 

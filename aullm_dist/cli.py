@@ -1,6 +1,7 @@
 """The `aullm-dist` command: parses, then imports the command that was asked for."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -23,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("aullm-dist: interrupted\n")
         return 130
+    except BrokenPipeError:
+        # Whoever read our output has read enough, as `| head` does; Python must not complain at exit about the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="aullm-dist",
         description="Distributed training of AULLM++: action unit detection in micro-expression clips with LLMs.",
-        epilog="Training: accelerate launch aullm_dist/train.py [--config FILE] [section.key=value ...]",
+        epilog="Training: accelerate launch --quiet aullm_dist/train.py [--config FILE] [section.key=value ...]",
     )
     parser.add_argument("--version", action="version", version=f"aullm-dist {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

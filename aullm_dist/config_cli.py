@@ -44,7 +44,8 @@ def describe_settings() -> str:
         documents = _attribute_documents(group_class)
         for field, default in zip(dataclasses.fields(group_class), dataclasses.astuple(group_class()), strict=True):
             kind = _type_name(field.type).replace("Literal[", "[").replace("typing.", "")
-            lines.append(f"  {group.name}.{field.name} = {yaml.safe_dump(default).splitlines()[0]}   ({kind})")
+            shown = yaml.safe_dump(default, default_flow_style=True).splitlines()[0]
+            lines.append(f"  {group.name}.{field.name} = {shown}   ({kind})")
             if field.name in documents:
                 text = textwrap.fill(documents[field.name], 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
                 lines.append(text)

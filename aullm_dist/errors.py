@@ -9,3 +9,9 @@ class UserError(ValueError):
     """
 
     EXIT_CODE = 2
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or would not have been complete; nothing of it is left on disk."""
+
+    EXIT_CODE = 1

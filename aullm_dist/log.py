@@ -6,6 +6,7 @@ import sys
 from typing import TextIO
 
 _ROOT = "aullm_dist"
+_KERNELS = "aullm_kernels"
 _said: set[str] = set()
 
 
@@ -33,13 +34,14 @@ def get_logger(name: str = _ROOT) -> logging.Logger:
 
 def set_up(level: int = logging.INFO) -> None:
     """Send our messages to stderr, at `level` on the main process and from WARNING up on the others."""
-    logger = logging.getLogger(_ROOT)
-    if not logger.handlers:
-        handler = _StderrHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-        logger.propagate = False
-    logger.setLevel(level if is_main_process() else logging.WARNING)
+    for name in (_ROOT, _KERNELS):
+        logger = logging.getLogger(name)
+        if not logger.handlers:
+            handler = _StderrHandler()
+            handler.setFormatter(logging.Formatter("%(message)s"))
+            logger.addHandler(handler)
+            logger.propagate = False
+        logger.setLevel(level if is_main_process() else logging.WARNING)
 
 
 def warn_once(logger: logging.Logger, message: str) -> None:

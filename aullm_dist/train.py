@@ -1,4 +1,4 @@
-"""The main job: `accelerate launch aullm_dist/train.py [--config FILE] [--resume auto] [section.key=value ...]`."""
+"""The main job: `accelerate launch --quiet aullm_dist/train.py [--config FILE] [section.key=value ...]`."""
 
 import os
 import sys

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aullm_dist import log
-from aullm_dist.config import Config, configs_folder, find_config, load
-from aullm_dist.errors import UserError
+from aullm_dist.config import Config, find_config, load
+from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.training.workspace import Mode
 
 DEMO = "demo"
@@ -42,27 +42,29 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the main job and return its exit code: 0, or 2 with one line on stderr for a mistake in the input."""
+    """Run the main job and return its exit code: 0, or another with one line on stderr for what the user can mend."""
     args = build_parser().parse_intermixed_args(argv)
     log.set_up()
     try:
         config = load(find_config(args.config or DEMO), args.overrides)
-        return _train(config, _mode(args, config))
-    except UserError as error:
+        return _train(config, _mode(args))
+    except (UserError, CheckpointError) as error:
         if log.is_main_process():
             sys.stderr.write(f"train.py: error: {error}\n")
-        return UserError.EXIT_CODE
+        return error.EXIT_CODE
+    except KeyboardInterrupt:
+        if log.is_main_process():
+            sys.stderr.write("train.py: interrupted; --resume auto continues from the newest checkpoint\n")
+        return 130
 
 
-def _mode(args: argparse.Namespace, config: Config) -> Mode:
+def _mode(args: argparse.Namespace) -> Mode:
     if args.resume:
         return "resume"
-    # The demo without arguments is there to be tried again: its own folder is replaced without asking.
-    is_demo = (
-        args.config is None
-        and config.training.output == load(configs_folder() / "experiments/demo.yaml").training.output
-    )
-    return "replace" if args.replace or is_demo else "new"
+    if args.replace:
+        return "replace"
+    # The demo as it is shipped is there to be tried again; any other run is replaced only when asked.
+    return "new" if args.config or args.overrides else "again"
 
 
 def _train(config: Config, mode: Mode) -> int:
@@ -70,20 +72,18 @@ def _train(config: Config, mode: Mode) -> int:
     import torch.distributed
 
     from aullm_dist.evaluation.metrics import summarise
+    from aullm_dist.evaluation.summary import print_summary
     from aullm_dist.training import context
     from aullm_dist.training.run import run
 
-    accelerator = context.start(config.training)
     try:
-        result = run(accelerator, config, mode, summarise)
-        baseline = _baseline_config(config, result.folder)
+        accelerator = context.start(config.training)
+        folder = run(accelerator, config, mode, summarise)
+        baseline = _baseline_config(config, folder)
         if baseline is not None:
             log.get_logger().info("No-LLM baseline (led_cnn), for comparison")
             run(accelerator, baseline, "resume" if mode == "resume" else "replace", summarise)
-        if accelerator.is_main_process:
-            from aullm_dist.evaluation.summary import print_summary
-
-            print_summary(result.folder, config)
+        context.on_main(accelerator, lambda: print_summary(folder, config))
     finally:
         # Without this gloo may abort at interpreter exit.
         if torch.distributed.is_initialized():

@@ -1,5 +1,6 @@
 """Checks of a configuration beyond types: ranges, and combinations that cannot work."""
 
+import math
 from collections.abc import Callable
 
 from aullm_dist.config.schema import Config
@@ -15,11 +16,13 @@ _POSITIVE_OR_NULL = (
     "data.synthetic_frames training.max_steps training.processes training.cpu_threads training.save_every_steps".split()
 )
 _NOT_NEGATIVE = (
-    "model.suffixes_per_row data.workers data.synthetic_seed counterfactual.branches "
+    "model.suffixes_per_row data.workers counterfactual.branches "
     "counterfactual.structure_weight counterfactual.appearance_weight counterfactual.neutral_weight "
-    "counterfactual.contradiction_weight training.seed training.weight_decay "
-    "training.asl_gamma_negative training.asl_gamma_positive training.graph_weight"
+    "counterfactual.contradiction_weight training.weight_decay "
+    "training.graph_weight"
 ).split()
+_SEEDS = ["training.seed", "data.synthetic_seed"]
+_GAMMAS = ["training.asl_gamma_negative", "training.asl_gamma_positive"]
 _SHARES = (
     "model.lora_dropout model.dropout data.inner_fraction data.cut_fraction data.synthetic_balance "
     "counterfactual.structure_probability counterfactual.structure_edges counterfactual.appearance_probability "
@@ -34,14 +37,17 @@ def check(config: Config) -> None:
     Raises:
         UserError: one line with the key, what it is and what is allowed.
     """
-    _require(config, _POSITIVE, lambda v: v > 0, "a number above 0")
+    _require(config, _POSITIVE, lambda v: 0 < v < math.inf, "a finite number above 0")
     _require(config, _POSITIVE_OR_NULL, lambda v: v is None or v > 0, "a number above 0, or null")
-    _require(config, _NOT_NEGATIVE, lambda v: v >= 0, "0 or more")
+    _require(config, _NOT_NEGATIVE, lambda v: 0 <= v < math.inf, "a finite number, 0 or more")
+    _require(config, _SEEDS, lambda v: 0 <= v < 2**32, "0 to 4294967295")
+    _require(config, _GAMMAS, lambda v: v == 0 or 1 <= v < math.inf, "0, or a finite number from 1 (finite gradients)")
+    _require(config, ["training.asl_margin"], lambda v: v <= 0.5, "a share between 0 and 0.5")
     _require(config, _SHARES, lambda v: 0 <= v <= 1, "a share between 0 and 1")
     _require(config, ["model.lora_dropout", "model.dropout"], lambda v: v < 1, "a share below 1")
     _require(config, ["data.inner_fraction"], lambda v: v <= 0.5, "a share between 0 and 0.5")
     _require(config, ["data.cut_fraction"], lambda v: v <= 0.4, "a share between 0 and 0.4")
-    _require(config, ["data.num_frames"], lambda v: v >= 2, "2 or more, as movement needs two frames")
+    _require(config, ["data.num_frames"], lambda v: v >= 4, "4 or more, as the visual backbone needs them")
     _require(config, ["data.folds", "data.synthetic_subjects"], lambda v: v >= 2, "2 or more")
     _require(config, ["data.size"], lambda v: 32 <= v <= 512, "a side of 32 to 512 pixels")
     _require(config, ["data.fold"], lambda v: v is None or v >= 0, "a fold number from 0, or null for all folds")
@@ -49,6 +55,8 @@ def check(config: Config) -> None:
     _check_data(config)
     _check_counterfactual(config)
     _check_batch(config)
+    if not config.training.output.strip():
+        raise UserError("training.output is empty; give the run a folder, such as runs/first")
 
 
 def _get(config: Config, name: str) -> object:

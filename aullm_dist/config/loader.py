@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import yaml
 
@@ -61,7 +61,8 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         _apply_mapping(config, _read_yaml(Path(path)), str(path))
     for override in overrides:
         _apply_override(config, override)
-    _check(config, str(path) if path is not None else "overrides")
+    sources = [str(path)] if path is not None else []
+    _check(config, " with ".join([*sources, "overrides"] if overrides else sources) or "defaults")
     return config
 
 
@@ -104,12 +105,16 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _parse(stream: TextIO | str, name: str) -> Any:
+    loader = _StrictLoader(stream)
+    loader.name = name
+    return loader.get_single_data()
+
+
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
         with path.open(encoding="utf-8") as stream:
-            loader = _StrictLoader(stream)
-            loader.name = str(path)
-            content = loader.get_single_data()
+            content = _parse(stream, str(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML run file") from error
     except UnicodeDecodeError as error:
@@ -157,7 +162,7 @@ def _apply_override(config: Config, override: str) -> None:
         hint = _nearest(group_name, _group_names())
         raise UserError(f"{source}: unknown group {group_name!r}; {hint}allowed: {', '.join(_group_names())}")
     try:
-        value = yaml.load(text, Loader=_StrictLoader) if text.strip() else ""
+        value = _parse(text, source) if text.strip() else ""
     except yaml.YAMLError as error:
         raise UserError(f"{source}: the value is not valid YAML; quote it if it holds special characters") from error
     _set(getattr(config, group_name), group_name, key, value, source)

@@ -11,7 +11,7 @@ class ModelConfig:
     llm: str = "tiny"
     """Hugging Face name or local folder of a decoder, `tiny` (built locally) or `none` (the `led_cnn` baseline)."""
     llm_architecture: Literal["llama", "qwen3"] = "llama"
-    """Architecture of the `tiny` backbone; ignored with a warning for any other backbone."""
+    """Architecture of the `tiny` backbone; other backbones bring their own."""
     llm_hidden: int = 128
     """Width of the `tiny` backbone."""
     llm_layers: int = 4
@@ -43,8 +43,8 @@ class ModelConfig:
     """Start the edge strengths from the training fold's co-activations instead of the literature alone."""
     dropout: float = 0.1
     """Dropout of visual backbone, projector and graph."""
-    kernels: Literal["auto", "triton", "torch", "interpret"] = "auto"
-    """Implementation of evidence_pool and graph_attention."""
+    kernels: Literal["auto", "torch"] = "auto"
+    """Implementation of evidence_pool and graph_attention; this version has the one in PyTorch."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -97,6 +97,8 @@ class CounterfactualConfig:
     branches: int = 2
     """Different interventions drawn per clip and step, at most as many as have a probability above 0."""
     structure_probability: float = 1.0
+    """Relative chance of this intervention among those that a clip can draw; 0 leaves it out. The same holds for
+    `appearance_probability` and `neutral_probability`."""
     structure_weight: float = 0.5
     structure_edges: float = 0.15
     """Largest share of the prior's edges that one structure intervention cuts or rewires."""
@@ -105,7 +107,8 @@ class CounterfactualConfig:
     neutral_probability: float = 1.0
     neutral_weight: float = 0.5
     contradiction_weight: float = 0.5
-    """Weight of the crossed pairs that make the LLM use both tokens; 0 leaves them out."""
+    """Weight of the crossed pairs that make the LLM use both tokens; 0 leaves them out. They accompany the neutral
+    intervention and need the graph; a run says at its start whether they are on."""
     contradiction_margin: float = 0.1
     """Probability by which a structure must count more on matching than on neutral evidence."""
 

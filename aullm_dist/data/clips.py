@@ -28,18 +28,27 @@ class ClipStore:
         folders: folders written by `aullm-dist prepare`.
         size: image side in pixels that the run expects.
 
+    Attributes:
+        samples: what is known of each clip, in the order of the folders.
+        corpora: names of the corpora in each folder.
+
     Raises:
         UserError: a folder is missing, is no prepared dataset, has another image size, or repeats a sample id.
     """
 
     def __init__(self, folders: Sequence[str | Path], size: int) -> None:
         import datasets
+        import pyarrow
 
         parts = []
         for folder in map(Path, folders):
             if not (folder / "dataset_info.json").is_file():
                 raise UserError(f"{folder}: no prepared dataset; write one with aullm-dist prepare CORPUS --out DIR")
-            part = datasets.load_from_disk(str(folder))
+            try:
+                part = datasets.load_from_disk(str(folder))
+            except (OSError, ValueError, pyarrow.ArrowException) as error:
+                first_line = str(error).strip().splitlines()[0]
+                raise UserError(f"{folder}: damaged ({first_line}); prepare the corpus again") from error
             missing = _COLUMNS - set(part.column_names)
             if missing:
                 raise UserError(f"{folder}: column {sorted(missing)[0]!r} is missing; prepare the corpus again")
@@ -51,6 +60,7 @@ class ClipStore:
                     f"set data.size or prepare again with --size {size}"
                 )
             parts.append(part)
+        self.corpora: tuple[frozenset[str], ...] = tuple(frozenset(part.unique("corpus")) for part in parts)
         self._table = datasets.concatenate_datasets(parts)
         self.samples: tuple[SampleInfo, ...] = tuple(
             SampleInfo(sample_id=row["sample_id"], subject=row["subject"], corpus=row["corpus"], aus=tuple(row["aus"]))

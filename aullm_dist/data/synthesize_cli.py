@@ -51,7 +51,10 @@ def run_synthesize(args: argparse.Namespace) -> int:
         shift=args.shift,
         seed=args.seed,
     )
-    root = write_corpus(spec, args.out)
+    try:
+        root = write_corpus(spec, args.out)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); give a writable folder") from error
     clips = args.subjects * args.clips
     sys.stdout.write(
         f"Synthetic {args.corpus} corpus in {root}: {args.subjects} subjects, {clips} clips. It is for "

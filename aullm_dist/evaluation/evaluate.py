@@ -1,5 +1,6 @@
 """From a run folder to its metrics: read every fold's predictions, check, pool and score them, write the tables."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from aullm_dist.training.predictions import (
     pool,
     read_predictions,
 )
+
+THRESHOLD_POLICY = "per fold and AU, highest f1_macro on the fold's own inner held-out subjects"
 
 
 def evaluate_run(
@@ -88,6 +91,30 @@ def inner_thresholds(files: Mapping[int, PredictionFile]) -> dict[int, np.ndarra
     return chosen
 
 
+def write_thresholds(run_dir: Path | str) -> dict[int, Path]:
+    """Write each fold's `thresholds.json`: the probability per AU chosen on its inner subjects, for use on new clips.
+
+    Returns:
+        The file of each fold that has inner subjects.
+
+    Raises:
+        UserError: If predictions are missing or malformed.
+    """
+    run_dir = Path(run_dir)
+    files = {index: read_predictions(path) for index, path in find_predictions(run_dir).items()}
+    written = {}
+    for index, values in inner_thresholds(files).items():
+        probabilities = probability_of(values).tolist()
+        content = {
+            "threshold_policy": THRESHOLD_POLICY,
+            "epoch": files[index].epoch,
+            "thresholds": {f"AU{au}": value for au, value in zip(files[index].aus, probabilities, strict=True)},
+        }
+        written[index] = run_dir / f"fold-{index:02d}" / "thresholds.json"
+        write_text(written[index], json.dumps(content, indent=1) + "\n")
+    return written
+
+
 def _score_inner(
     files: Mapping[int, PredictionFile], pooled: Pooled, aus: Sequence[int], bootstrap: int, seed: int
 ) -> dict[str, Any] | None:
@@ -100,7 +127,7 @@ def _score_inner(
     as_probability = {index: probability_of(values).tolist() for index, values in sorted(chosen.items())}
     keys = [f"AU{au}" for au in aus]
     return {
-        "threshold_policy": "per fold and AU, highest f1_macro on the fold's own inner held-out subjects",
+        "threshold_policy": THRESHOLD_POLICY,
         "mean": scores["mean"],
         "per_au": {
             key: {

@@ -125,7 +125,7 @@ def floors_per_au(labels: np.ndarray) -> list[dict[str, dict[str, float]]]:
         `f1_binary`, `f1_macro` and `auc`.
 
     Source:
-        field.md section 2, table of floors; the closed form of `random` is (ours).
+        The floors follow from the definitions of the metrics; the closed form of `random` is (ours).
     """
     rows = []
     clips = len(labels)

@@ -6,23 +6,27 @@ from pathlib import Path
 from typing import Any
 
 from aullm_dist.config import Config
-from aullm_dist.evaluation.evaluate import evaluate_run
+from aullm_dist.evaluation.evaluate import evaluate_run, write_thresholds
 from aullm_dist.evaluation.metrics import mean_of
 from aullm_dist.evaluation.tables import render
 
 
 def print_summary(run: Path, config: Config) -> None:
-    """Score a finished run and print it; a run without a test side only says where its checkpoints lie."""
+    """Score a finished run and print it; a run without a test side gets the thresholds for its release instead."""
     out = sys.stdout.write
-    if config.data.protocol != "all":
+    has_test_side = config.data.protocol != "all"
+    if has_test_side:
         metrics = evaluate_run(run)
         out("\n" + render(metrics, "text") + "\n")
         _write_comparison(run, metrics)
+    thresholds = write_thresholds(run) if any(run.glob("fold-*/predictions")) else {}
     out(f"Run folder   {run}\n")
     out(f"Checkpoints  {run}/fold-*/checkpoints\n")
+    if thresholds:
+        out(f"Thresholds   {run}/fold-*/thresholds.json\n")
     if config.monitor.tensorboard:
         out(f"TensorBoard  {run}/tensorboard   (tensorboard --logdir {run}/tensorboard)\n")
-    if config.data.protocol != "all":
+    if has_test_side:
         out(f"Numbers      {run}/metrics.json, table.md, table.csv\n")
     out(_next_steps(run, config))
 
@@ -30,10 +34,10 @@ def print_summary(run: Path, config: Config) -> None:
 def _write_comparison(run: Path, metrics: dict[str, Any]) -> None:
     """Print the full model beside itself without CT, without IT, and beside the no-LLM baseline."""
     out = sys.stdout.write
-    rows = [("AULLM++" if _sensitivities(run) else "led_cnn", metrics["mean"]["f1_macro"], "")]
     sensitivities = _sensitivities(run)
+    rows = [("AULLM++" if sensitivities else "led_cnn", metrics["mean"]["f1_macro"], "")]
     for token, name in (("content", "content token (CT)"), ("instruction", "instruction token (IT)")):
-        if sensitivities:
+        if sensitivities and token in sensitivities[0]:
             change = mean_of([s[token]["mean_abs_change"] for s in sensitivities])
             score = mean_of([s[token]["f1_macro"] for s in sensitivities])
             rows.append((f"  with the {name} zeroed", score, f"answers move by {change:.3f} on average"))
@@ -57,9 +61,14 @@ def _sensitivities(run: Path) -> list[dict[str, Any]]:
 def _next_steps(run: Path, config: Config) -> str:
     if config.data.train:
         return f"\nNext: aullm-dist evaluate {run}\n"
+    steps = {
+        "aullm-dist prepare casme2 --root /path/to/CASME2 --out data/casme2": "your licensed corpus",
+        "accelerate launch --quiet aullm_dist/train.py --config casme2_loso model.llm=/path/to/llm": "LOSO on it",
+        f"aullm-dist evaluate {run}": "the tables again",
+    }
+    width = max(map(len, steps)) + 2
+    lines = "".join(f"  {command:<{width}}{meaning}\n" for command, meaning in steps.items())
     return (
         "\nThe corpus above is synthetic: it shows that the machinery works and says nothing about real faces. Next:\n"
-        "  aullm-dist prepare casme2 --root /path/to/CASME2 --out data/casme2      your licensed corpus\n"
-        "  accelerate launch aullm_dist/train.py --config casme2_loso model.llm=/path/to/your/llm\n"
-        f"  aullm-dist evaluate {run}                                          the tables again\n"
+        + lines
     )

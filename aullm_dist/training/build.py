@@ -11,12 +11,12 @@ from torch import nn
 
 from aullm_dist.config import Config
 from aullm_dist.log import get_logger
-from aullm_dist.model.aullm import AULLM, LedCnnBaseline
+from aullm_dist.model.aullm import AULLM, Ablation, LedCnnBaseline
 from aullm_dist.model.counterfactual import Chances
 from aullm_dist.model.graph import AUGraph
-from aullm_dist.model.llm import embedding_rms, load_backbone, mean_embeddings
+from aullm_dist.model.llm import Backbone, embedding_rms, load_backbone, mean_embeddings
 from aullm_dist.model.projector import EvidenceProjector
-from aullm_dist.model.prompt import build_prompt
+from aullm_dist.model.prompt import Prompt, build_prompt
 from aullm_dist.model.reasoner import Reasoner
 from aullm_dist.model.relations import AURelations, build_relations, sample_structure_edit
 from aullm_dist.model.visual import LedCnn, VisualBackbone
@@ -24,6 +24,8 @@ from aullm_dist.training.base_identity import base_identity
 from aullm_dist.training.batches import ClipRecipe
 
 logger = get_logger(__name__)
+
+_TOPICS = {"lora": "LoRA"}
 
 
 @dataclass(slots=True)
@@ -35,6 +37,7 @@ class BuiltModel:
         model_config: what defines its function; stored in checkpoints and compared at resume.
         base: identity of the LLM; None for the baseline.
         relations: the AU graph's edges; None without a graph.
+        soft_tokens: kinds of soft tokens that the LLM is given.
         tokens: LLM tokens computed for a number of branches.
     """
 
@@ -42,6 +45,7 @@ class BuiltModel:
     model_config: dict[str, Any]
     base: Mapping[str, Any] | None = None
     relations: AURelations | None = None
+    soft_tokens: tuple[Ablation, ...] = ()
     tokens: Callable[[int], int] = field(default=lambda branches: 0)
 
 
@@ -62,6 +66,35 @@ def build_model(config: Config, aus: tuple[int, ...], llm_path: str | Path) -> B
     if model.llm == "none":
         network = LedCnn(len(aus), data.num_frames, data.size, dropout=model.dropout)
         return BuiltModel(LedCnnBaseline(network), {**visual_config, "kind": "led_cnn"})
+    backbone = _load_backbone(config, llm_path)
+    prompt = build_prompt(aus, backbone.tokenizer, readout=model.readout, use_structure=model.structure)
+    logger.info(
+        "Prompt: %d prefix tokens shared by all branches, %d per branch", prompt.prefix_tokens, prompt.suffix_tokens
+    )
+    relations = build_relations(aus) if model.structure else None
+    network = _assemble(config, backbone, prompt, relations)
+    model_config = {
+        **visual_config,
+        "kind": "aullm",
+        "prompt": prompt.text,
+        "readout": model.readout,
+        "evidence": model.evidence,
+        "evidence_heads": model.evidence_heads,
+        "structure": model.structure,
+        "graph": [model.graph_width, model.graph_heads, model.graph_layers] if model.structure else None,
+    }
+    return BuiltModel(
+        network,
+        model_config,
+        base_identity(str(llm_path), backbone.config.to_dict()),
+        relations,
+        ("content", "instruction") if relations else ("content",),
+        network.reasoner.num_tokens,
+    )
+
+
+def _load_backbone(config: Config, llm_path: str | Path) -> Backbone:
+    model = config.model
     backbone = load_backbone(
         llm_path,
         dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
@@ -76,77 +109,65 @@ def build_model(config: Config, aus: tuple[int, ...], llm_path: str | Path) -> B
         seed=config.training.seed,
     )
     for topic, reason in backbone.reasons.items():
-        logger.info("%s: %s", topic.replace("_", " ").capitalize(), reason)
-    prompt = build_prompt(aus, backbone.tokenizer, readout=model.readout, use_structure=model.structure)
-    rms = embedding_rms(backbone.model)
+        logger.info("%s: %s", _TOPICS.get(topic, topic.replace("_", " ").capitalize()), reason)
+    return backbone
+
+
+def _assemble(config: Config, backbone: Backbone, prompt: Prompt, relations: AURelations | None) -> AULLM:
+    """Put visual backbone, projector, graph and reasoner together at the sizes of the backbone LLM."""
+    data, model = config.data, config.model
     visual = VisualBackbone(data.num_frames, data.size, dropout=model.dropout)
-    projector = EvidenceProjector(
-        visual.cell_dim,
-        visual.feature_dim,
-        backbone.hidden_size,
-        cell_grid=visual.cell_grid,
-        heads=model.evidence_heads,
-        evidence=model.evidence,
-        embedding_rms=rms,
-        dropout=model.dropout,
-        implementation=model.kernels,
-    )
-    relations, graph = None, None
-    if model.structure:
-        relations = build_relations(aus)
+    common = {
+        "cell_grid": visual.cell_grid,
+        "embedding_rms": embedding_rms(backbone.model),
+        "dropout": model.dropout,
+        "implementation": model.kernels,
+    }
+    sizes = (visual.cell_dim, visual.feature_dim, backbone.hidden_size)
+    projector = EvidenceProjector(*sizes, heads=model.evidence_heads, evidence=model.evidence, **common)
+    graph = None
+    if relations is not None:
         graph = AUGraph(
             relations,
-            visual.cell_dim,
-            visual.feature_dim,
-            backbone.hidden_size,
-            cell_grid=visual.cell_grid,
+            *sizes,
             width=model.graph_width,
             heads=model.graph_heads,
             layers=model.graph_layers,
             au_embedding_init=mean_embeddings(backbone.model, prompt.name_ids),
-            embedding_rms=rms,
-            dropout=model.dropout,
-            implementation=model.kernels,
+            **common,
         )
     reasoner = Reasoner(backbone, prompt, packing=model.packing, suffixes_per_row=model.suffixes_per_row)
-    logger.info(
-        "Prompt: %d prefix tokens shared by all branches, %d per branch", prompt.prefix_tokens, prompt.suffix_tokens
-    )
-    return BuiltModel(
-        AULLM(visual, projector, graph, reasoner),
-        {
-            **visual_config,
-            "kind": "aullm",
-            "prompt": prompt.text,
-            "readout": model.readout,
-            "evidence": model.evidence,
-            "evidence_heads": model.evidence_heads,
-            "structure": model.structure,
-            "graph": [model.graph_width, model.graph_heads, model.graph_layers] if model.structure else None,
-        },
-        base_identity(str(llm_path), backbone.config.to_dict()),
-        relations,
-        reasoner.num_tokens,
-    )
+    return AULLM(visual, projector, graph, reasoner)
 
 
 def training_recipe(config: Config, built: BuiltModel) -> ClipRecipe:
-    """Return how training clips become tensors, interventions included."""
-    data, counterfactual = config.data, config.counterfactual
-    relations = built.relations
+    """Return how training clips become tensors, interventions included, and say which are on."""
+    data, counterfactual, relations = config.data, config.counterfactual, built.relations
     probabilities = {
         "structure": counterfactual.structure_probability if relations else 0.0,
         "appearance": counterfactual.appearance_probability,
         "neutral": counterfactual.neutral_probability,
     }
+    chances = Chances(counterfactual.branches if counterfactual.enabled else 0, probabilities)
+    possible = [name for name, chance in probabilities.items() if chance > 0] if chances.branches else []
+    crossed = relations is not None and counterfactual.contradiction_weight > 0 and "neutral" in possible
+    if possible:
+        logger.info(
+            "CCR: %d per clip of %s; crossed pairs %s",
+            chances.branches,
+            ", ".join(possible),
+            "with each neutral twin" if crossed else "off (they need the graph, a neutral twin and a weight)",
+        )
+    else:
+        logger.info("CCR: off")
     return ClipRecipe(
         num_frames=data.num_frames,
         cut_fraction=data.cut_fraction if data.augment else 0.0,
         augment=data.augment,
-        chances=Chances(counterfactual.branches if counterfactual.enabled else 0, probabilities),
+        chances=chances,
         prior_mask=relations.prior_mask if relations else None,
         edit_structure=partial(sample_structure_edit, relations, counterfactual.structure_edges) if relations else None,
-        contradiction=relations is not None and counterfactual.contradiction_weight > 0,
+        contradiction=crossed,
         seed=config.training.seed,
     )
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from aullm_dist.errors import UserError
+from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.training import engine_state
 from aullm_dist.training.atomic import force_to_disk, staged_folder, step_folder_name, write_durably
 from aullm_dist.training.compare import listing, refuse_other_model
@@ -51,10 +51,6 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
 
 TensorFiles = dict[str, dict[str, Tensor]]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or would not have been complete; nothing of it is left on disk."""
 
 
 def save_checkpoint(

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
 
 from aullm_dist.config import TrainingConfig
 from aullm_dist.errors import UserError
@@ -70,8 +70,8 @@ def _refuse_lost_processes() -> None:
     if started_by_accelerate and "WORLD_SIZE" not in os.environ and "MASTER_PORT" in os.environ:
         raise UserError(
             "accelerate launch was asked for several processes but started one, as it does on CPU machines; start the "
-            "run with accelerate launch --multi_gpu --num_processes N (on CPU machines too), or unset MASTER_PORT if one "
-            "process is meant"
+            "run with accelerate launch --multi_gpu --num_processes N (on CPU machines too), or unset MASTER_PORT if "
+            "one process is meant"
         )
 
 
@@ -80,19 +80,29 @@ def _threads_per_process() -> int:
     return max(1, len(os.sched_getaffinity(0)) // local)
 
 
-def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Run `work` on the main process and give its result to all; a `UserError` in it is raised by all of them.
+def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Run `work` on every process; if it is a user's mistake on any of them, all raise the first one's error.
 
-    Without this the other processes would wait in a barrier for a main process that has already given up.
+    Without this the other processes would wait in a collective for one that has already given up. A file that cannot be
+    read or written counts as a user's mistake: a full disk, a removed folder, a missing permission.
     """
-    outcome: list[object] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = work()
-        except UserError as error:
-            outcome[1] = str(error)
+    result, error = None, None
+    try:
+        result = work()
+    except UserError as problem:
+        error = str(problem)
+    except OSError as problem:
+        error = f"{problem.filename or 'file'}: {problem.strerror or problem}"
+    errors = gather_object([error]) if accelerator.num_processes > 1 else [error]
+    for rank, text in enumerate(errors):
+        if text is not None:
+            raise UserError(text if rank == 0 else f"process {rank}: {text}")
+    return result  # type: ignore[return-value]
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Run `work` on the main process and give its result to all; its errors are everybody's, as in `together`."""
+    result = together(accelerator, work if accelerator.is_main_process else lambda: None)
     if accelerator.num_processes > 1:
-        broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(str(outcome[1]))
-    return outcome[0]  # type: ignore[return-value]
+        (result,) = broadcast_object_list([result])
+    return result  # type: ignore[return-value]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from aullm_dist.config import Config, to_dict
 from aullm_dist.data.clips import ClipStore
 from aullm_dist.data.protocols import Fold
-from aullm_dist.errors import UserError
+from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.files import write_text
-from aullm_dist.log import get_logger, warn_once
+from aullm_dist.log import get_logger
 from aullm_dist.training.batches import Batch, training_loader
 from aullm_dist.training.build import BuiltModel, evaluation_recipe, training_recipe
-from aullm_dist.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from aullm_dist.training.checkpoint import load_checkpoint, save_checkpoint
+from aullm_dist.training.context import on_main, together
 from aullm_dist.training.heldout import Answers, HeldOut, Score
 from aullm_dist.training.monitor import Monitor, Throughput, memory_gib
 from aullm_dist.training.objective import Objective
@@ -106,18 +106,21 @@ class FoldTrainer:
         self.trainables = [p for p in built.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(built.model, training)
         self.bad_steps = 0
+        # Which held-out clips are shown while training; only `protocol: all` has no test side.
+        self.shown = "test" if len(self.test_view) else "inner"
+        self.soft_tokens = built.soft_tokens
 
     def run(self, resume: bool) -> None:
         """Train to the last step, when resuming from the newest valid checkpoint; leaves checkpoint and answers."""
         first_step = self._restore() if resume else 0
         active = self.config.monitor.tensorboard and self.accelerator.is_main_process
-        monitor = Monitor(self.paths.tensorboard, active, first_step)
+        monitor = Monitor(self.paths.tensorboard, active, first_step + 1 if resume else None)
         try:
             if first_step == 0:
                 monitor.text("config", f"```\n{json.dumps(to_dict(self.config), indent=2)}\n```")
             if first_step < self.total_steps:
                 self._train(monitor, first_step)
-            elif not self._final_predictions().exists():
+            elif not on_main(self.accelerator, self._final_predictions().exists):
                 self._evaluate(monitor, self.total_steps)
         finally:
             monitor.close()
@@ -160,8 +163,10 @@ class FoldTrainer:
                 bar.update()
                 if self._evaluates_at(done):
                     self._evaluate(monitor, done)
+                    rate.restart()
                 if self._saves_at(done):
                     self._save(done)
+                    rate.restart()
 
     def _step(self, batches: Iterator[Batch], step: int, log: "_LossLog", rate: Throughput) -> float:
         """One optimizer step over its micro-batches; returns the gradient norm before clipping."""
@@ -197,7 +202,8 @@ class FoldTrainer:
             self.bad_steps = 0
         else:
             self.bad_steps += 1
-            logger.warning("Step %d: the gradient is not finite; step skipped (%d in a row)", step, self.bad_steps)
+            if self.accelerator.is_main_process:
+                logger.warning("Step %d: the gradient is not finite; step skipped (%d in a row)", step, self.bad_steps)
             if self.bad_steps >= self.config.training.max_bad_steps:
                 raise UserError(
                     f"fold {self.fold.index}, step {step}: the gradient was not finite in {self.bad_steps} steps in a "
@@ -226,52 +232,47 @@ class FoldTrainer:
 
     def _evaluate(self, monitor: Monitor, step: int) -> None:
         """Answer inner and test clips, store the logits by sample id, log metrics and sensitivities."""
-        rows: list[Prediction] = []
-        answers: dict[str, Answers] = {}
-        for role, view in (("inner", self.inner_view), ("test", self.test_view)):
-            if len(view):
-                answers[role] = self.held_out.answer(self.model, view)
-                rows += _predictions(answers[role], self.fold.index, role)
-        if not rows:
-            return
-        role = "test" if "test" in answers else "inner"
-        view = self.test_view if role == "test" else self.inner_view
-        shown = answers[role]
-        sensitivity = None
-        if self.built.base is not None:
-            sensitivity = self.held_out.sensitivity(self.model, view, shown, self.score)
-        if not self.accelerator.is_main_process:
+        views = {"inner": self.inner_view, "test": self.test_view}
+        answers = {
+            role: self.held_out.answer(self.model, view, self.soft_tokens if role == self.shown else ())
+            for role, view in views.items()
+            if len(view)
+        }
+        if not answers:
             return
         epoch = int(self._epoch(step))
-        write_predictions(
-            prediction_path(self.paths.run, self.fold.index, epoch), rows, aus=self.aus, epoch=epoch, step=step
-        )
-        summary = self.score((shown.labels, shown.logits), self.aus)
+        rows = [row for role, given in answers.items() for row in _predictions(given[None], self.fold.index, role)]
+        path = prediction_path(self.paths.run, self.fold.index, epoch)
+        on_main(self.accelerator, lambda: write_predictions(path, rows, aus=self.aus, epoch=epoch, step=step))
+        shown = answers[self.shown]
+        summary = self.score((shown[None].labels, shown[None].logits), self.aus)
         monitor.metrics(summary, step)
         message = f"Epoch {epoch}: held-out f1_macro {100 * summary['mean']['f1_macro']:.1f}"
-        if sensitivity is not None:
-            self._report_sensitivity(sensitivity, monitor, step)
-            changes = [sensitivity[token]["mean_abs_change"] for token in ("content", "instruction")]
-            message += f", sensitivity to CT {changes[0]:.3f}, to IT {changes[1]:.3f}"
+        if self.soft_tokens:
+            sensitivity = self.held_out.sensitivity(shown, self.score)
+            on_main(self.accelerator, lambda: self._report_sensitivity(sensitivity, monitor, step))
+            short = {"content": "CT", "instruction": "IT"}
+            changes = [f"to {short[token]} {sensitivity[token]['mean_abs_change']:.3f}" for token in self.soft_tokens]
+            message += f", sensitivity {', '.join(changes)}"
         logger.info(message)
 
     def _report_sensitivity(self, sensitivity: dict[str, Any], monitor: Monitor, step: int) -> None:
         write_text(self.paths.folder / "sensitivity.json", json.dumps({"step": step, **sensitivity}, indent=2) + "\n")
-        tokens = ["content", "instruction"] if self.config.model.structure else ["content"]
-        monitor.scalars("sensitivity", {token: sensitivity[token]["mean_abs_change"] for token in tokens}, step)
-        for token in tokens:
-            if step == self.total_steps and sensitivity[token]["mean_abs_change"] < SENSITIVITY_WARNING:
-                warn_once(
-                    logger,
-                    f"Fold {self.fold.index}: zeroing the {token} token changes the answers by "
-                    f"{sensitivity[token]['mean_abs_change']:.4f} on average: the LLM hardly uses it",
-                )
+        changes = {token: sensitivity[token]["mean_abs_change"] for token in self.soft_tokens}
+        monitor.scalars("sensitivity", changes, step)
+        for token, change in changes.items():
+            if step == self.total_steps and change < SENSITIVITY_WARNING:
+                logger.warning(
+                    "Fold %d: zeroing the %s token changes the answers by %.4f on average: the LLM hardly uses it",
+                    self.fold.index, token, change,
+                )  # fmt: skip
 
     def _final_predictions(self) -> Path:
         return prediction_path(self.paths.run, self.fold.index, int(self._epoch(self.total_steps)))
 
     def _save(self, step: int) -> None:
-        error: list[CheckpointError | None] = [None]
+        """Write a checkpoint; a failure on the main process is raised by all, or the others would wait for ever."""
+        error: CheckpointError | None = None
         try:
             save_checkpoint(
                 self.paths.checkpoints,
@@ -293,41 +294,33 @@ class FoldTrainer:
                 world_size=self.accelerator.num_processes,
                 is_writer=self.accelerator.is_main_process,
             )
-            if self.accelerator.is_main_process:
-                rotate(self.paths.checkpoints, self.config.training.keep_checkpoints)
-        except CheckpointError as problem:  # every process must learn of it, or the others wait for ever
-            error[0] = problem
+        except CheckpointError as problem:
+            error = problem
         if self.accelerator.num_processes > 1:
-            broadcast_object_list(error)
-        if error[0] is not None:
-            raise error[0]
+            (error,) = broadcast_object_list([error])
+        if error is not None:
+            raise error
+        on_main(self.accelerator, lambda: rotate(self.paths.checkpoints, self.config.training.keep_checkpoints))
 
     def _restore(self) -> int:
         """Load the newest valid checkpoint, the same on every process, and return its step; 0 without one."""
-        found: list[str | None] = [None]
-        if self.accelerator.is_main_process:
-            newest = find_newest_valid(self.paths.checkpoints, logger)
-            found[0] = str(newest) if newest else None
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(found)
-        if found[0] is None:
+        newest = on_main(self.accelerator, lambda: find_newest_valid(self.paths.checkpoints, logger))
+        if newest is None:
             return 0
-        state = load_checkpoint(
-            Path(found[0]),
-            self.built.model,
-            self.optimizer,
-            model_config=self.built.model_config,
-            base=self.built.base,
-            mode="size",  # the main process has just read every byte of it
+        state = together(
+            self.accelerator,
+            lambda: load_checkpoint(
+                newest,
+                self.built.model,
+                self.optimizer,
+                model_config=self.built.model_config,
+                base=self.built.base,
+                mode="size",  # the main process has just read every byte of it
+            ),
         )
         self.bad_steps = state["bad_steps"]
-        logger.info("Fold %d: resumed from %s", self.fold.index, found[0])
+        logger.info("Fold %d: resumed from %s", self.fold.index, newest)
         return min(int(state["step"]), self.total_steps)
-
-    def clear(self) -> None:
-        """Remove what an earlier run left for this fold."""
-        for folder in (self.paths.folder, self.paths.tensorboard):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 class _LossLog:

@@ -1,6 +1,6 @@
 """Answers on held-out clips, every clip once over all processes, and what the answers owe to CT and IT."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,52 +41,59 @@ class HeldOut:
     def __init__(self, accelerator: Accelerator, recipe: ClipRecipe, aus: Sequence[int], micro_batch: int) -> None:
         self.accelerator, self.recipe, self.aus, self.micro_batch = accelerator, recipe, tuple(aus), micro_batch
 
-    def answer(self, model: nn.Module, view: ClipView, ablate: Ablation | None = None) -> Answers:
-        """Return the logits of every clip of `view`, on every process.
+    def answer(
+        self, model: nn.Module, view: ClipView, ablations: Sequence[Ablation] = ()
+    ) -> dict[Ablation | None, Answers]:
+        """Return the logits of every clip of `view`, on every process: under None as the model is, and per ablation.
 
         The plain model runs, not its distributed wrapper: there is nothing to synchronise, and the processes may have
-        different numbers of clips.
+        different numbers of clips. Each clip is decoded once, whatever the number of ablations.
         """
         accelerator = self.accelerator
         labels = view.labels(self.aus)
         plain = accelerator.unwrap_model(model)
         was_training = plain.training
         plain.eval()
-        mine: list[tuple[str, list[float]]] = []
+        variants = (None, *ablations)
+        mine: list[tuple[str, list[list[float]]]] = []
         batches = evaluation_batches(
             view, labels, self.recipe, self.micro_batch, accelerator.num_processes, accelerator.process_index
         )
         with torch.no_grad(), accelerator.autocast():
             for batch in batches:
                 batch = batch.to(accelerator.device)
-                output = plain(batch.views, batch.view_index, batch.edge_mask, batch.branches, ablate)
-                rows = output.logits[batch.rows["factual"][0]].float().cpu().tolist()
-                mine += list(zip(batch.sample_ids, rows, strict=True))
+                factual = batch.rows["factual"][0]
+                rows = [
+                    plain(batch.views, batch.view_index, batch.edge_mask, batch.branches, ablate).logits[factual]
+                    for ablate in variants
+                ]
+                mine += list(zip(batch.sample_ids, torch.stack(rows, dim=1).float().cpu().tolist(), strict=True))
         plain.train(was_training)
         by_id = dict(gather_object(mine))
         assert len(by_id) == len(view), f"{len(by_id)} answers for {len(view)} clips"
         samples = view.samples
-        return Answers(
-            tuple(s.sample_id for s in samples),
-            tuple(s.subject for s in samples),
-            tuple(s.corpus for s in samples),
-            labels,
-            np.array([by_id[s.sample_id] for s in samples], dtype=np.float64),
-        )
+        table = np.array([by_id[s.sample_id] for s in samples], dtype=np.float64)
+        ids, subjects, corpora = zip(*((s.sample_id, s.subject, s.corpus) for s in samples), strict=True)
+        return {
+            ablate: Answers(ids, subjects, corpora, labels, table[:, column]) for column, ablate in enumerate(variants)
+        }
 
-    def sensitivity(self, model: nn.Module, view: ClipView, full: Answers, score: Score) -> dict[str, Any]:
-        """Measure what the answers owe to the soft tokens, by zeroing all of one kind.
+    def sensitivity(self, answers: Mapping[Ablation | None, Answers], score: Score) -> dict[str, Any]:
+        """Measure what the answers owe to each soft token, from the answers with all tokens of that kind zeroed.
 
         Returns:
-            For `content` and `instruction`: `mean_abs_change` of the probabilities and `f1_macro` without that token.
+            `f1_macro` of the model as it is and, per ablation, `mean_abs_change` of the probabilities and `f1_macro`.
         """
-        result: dict[str, Any] = {"f1_macro": score((full.labels, full.logits), self.aus)["mean"]["f1_macro"]}
-        for token in ("content", "instruction"):
-            without = self.answer(model, view, ablate=token)
-            change = np.abs(_sigmoid(full.logits) - _sigmoid(without.logits)).mean()
-            mean = score((without.labels, without.logits), self.aus)["mean"]
-            result[token] = {"mean_abs_change": float(change), "f1_macro": mean["f1_macro"]}
+        full = answers[None]
+        result: dict[str, Any] = {"f1_macro": self._f1_macro(full, score)}
+        for token, without in answers.items():
+            if token is not None:
+                change = np.abs(_sigmoid(full.logits) - _sigmoid(without.logits)).mean()
+                result[token] = {"mean_abs_change": float(change), "f1_macro": self._f1_macro(without, score)}
         return result
+
+    def _f1_macro(self, answers: Answers, score: Score) -> float:
+        return score((answers.labels, answers.logits), self.aus)["mean"]["f1_macro"]
 
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:

@@ -16,15 +16,15 @@ class Monitor:
     Args:
         folder: event files go here.
         active: whether this process writes.
-        first_step: events at or beyond it are dropped, as a resumed run writes them anew.
+        purge_step: events at or beyond it are dropped, as a resumed run writes them anew; None keeps all.
     """
 
-    def __init__(self, folder: Path, active: bool, first_step: int) -> None:
+    def __init__(self, folder: Path, active: bool, purge_step: int | None) -> None:
         self._writer = None
         if active:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def scalars(self, group: str, values: dict[str, float | None], step: int) -> None:
         """Write `group/name` for each value that is a number."""
@@ -54,9 +54,7 @@ class Throughput:
     """Clips and LLM tokens per second since the last reading."""
 
     def __init__(self) -> None:
-        self._since = time.perf_counter()
-        self._clips = 0
-        self._tokens = 0
+        self._since, self._clips, self._tokens = time.perf_counter(), 0, 0
 
     def add(self, clips: int, tokens: int) -> None:
         """Count work done."""
@@ -64,12 +62,17 @@ class Throughput:
         self._tokens += tokens
 
     def read(self) -> dict[str, float]:
-        """Return the rates and start counting anew."""
-        now = time.perf_counter()
-        seconds = max(now - self._since, 1e-9)
+        """Return the rates, nothing if nothing was counted, and start counting anew."""
+        if not self._clips:
+            return {}
+        seconds = max(time.perf_counter() - self._since, 1e-9)
         rates = {"clips_per_second": self._clips / seconds, "tokens_per_second": self._tokens / seconds}
-        self._since, self._clips, self._tokens = now, 0, 0
+        self.restart()
         return rates
+
+    def restart(self) -> None:
+        """Forget what was counted, after time that was spent on something else than training."""
+        self._since, self._clips, self._tokens = time.perf_counter(), 0, 0
 
 
 def memory_gib() -> dict[str, float]:

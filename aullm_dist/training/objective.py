@@ -15,9 +15,9 @@ from aullm_dist.training.batches import Batch
 class Objective:
     """Weights and forms of the loss.
 
-    Every term is the sum over the clips that drew it divided by the clips of the micro-batch, so that the gradient of a
-    global batch does not depend on how it is cut into micro-batches and processes. A term that half of the clips draw
-    counts half: probability and weight multiply.
+    Every term is the sum over the clips that drew it divided by all clips of the micro-batch, so that the gradient of a
+    global batch does not depend on how it is cut into micro-batches and processes. An intervention that half of the
+    clips draw therefore counts half.
     """
 
     asymmetric: AsymmetricLoss

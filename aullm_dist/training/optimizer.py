@@ -51,8 +51,7 @@ def schedule(step: int, total: int, warmup_fraction: float, min_lr_fraction: flo
     return min_lr_fraction + (1 - min_lr_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
-    """Set every group to `factor` times its base rate and return the rate per kind."""
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group to `factor` times its base rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-    return {group["name"]: group["lr"] for group in optimizer.param_groups}

@@ -1,6 +1,5 @@
 """A whole run: folds trained one after another in one process group, the frozen base loaded once."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from aullm_dist.config import Config
 from aullm_dist.data.clips import ClipStore
-from aullm_dist.data.protocols import FoldPlan, au_vocabulary, make_folds, select_fold, write_folds
+from aullm_dist.data.protocols import FoldPlan, au_vocabulary, make_folds, select_fold
 from aullm_dist.errors import UserError
 from aullm_dist.facs import AU_NAMES
 from aullm_dist.log import get_logger
@@ -18,23 +17,15 @@ from aullm_dist.model.aullm import AULLM
 from aullm_dist.model.relations import training_statistics
 from aullm_dist.training import workspace
 from aullm_dist.training.build import BuiltModel, build_model
-from aullm_dist.training.context import on_main
+from aullm_dist.training.context import on_main, together
 from aullm_dist.training.fold import FoldTrainer
 from aullm_dist.training.heldout import Score
 
 logger = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """What a run leaves: its folder, the folds it trained and where its logs lie."""
-
-    folder: Path
-    folds: tuple[int, ...]
-
-
-def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: Score) -> RunResult:
-    """Train every fold that the configuration asks for.
+def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: Score) -> Path:
+    """Train every fold that the configuration asks for and return the run folder.
 
     Args:
         accelerator: from `context.start`.
@@ -43,30 +34,20 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
         score: turns labels and logits into metrics.
 
     Raises:
-        UserError: anything in the user's input that cannot work, before a step is trained.
+        UserError: anything in the user's input that cannot work, before a step is trained and before the run folder
+            counts as a run.
     """
-    folder = on_main(accelerator, lambda: workspace.open_run(config, mode))
+    folder = on_main(accelerator, lambda: workspace.check_run_folder(config, mode))
     train_folders, test_folders = on_main(accelerator, lambda: workspace.datasets_of(config))
-    store = ClipStore([*train_folders, *test_folders], config.data.size)
-    plan = _fold_plan(config, store, len(train_folders))
-    on_main(accelerator, lambda: write_folds(folder / "folds.json", plan))
-    chosen = plan.folds if config.data.fold is None else (select_fold(plan.folds, config.data.fold),)
-    logger.info(
-        "Data: %d clips of %d subjects, %d fold%s (%s), AUs %s",
-        len(store.samples),
-        len({sample.subject for sample in store.samples}),
-        len(plan.folds),
-        "" if len(plan.folds) == 1 else "s",
-        plan.protocol,
-        ", ".join(map(str, plan.aus)),
-    )
+    store = together(accelerator, lambda: ClipStore([*train_folders, *test_folders], config.data.size))
+    plan = together(accelerator, lambda: _fold_plan(config, store, len(train_folders)))
+    chosen = plan.folds
+    if config.data.fold is not None:
+        chosen = (together(accelerator, lambda: select_fold(plan.folds, config.data.fold)),)
+    _report_data(store, plan)
     llm_path = on_main(accelerator, lambda: workspace.backbone_of(config))
-    built = build_model(config, plan.aus, llm_path)
-    built.model.to(accelerator.device)
-    if config.model.packing and isinstance(built.model, AULLM):
-        with accelerator.autocast():
-            deviation = built.model.reasoner.self_check()
-        logger.info("Packing: equals the padded forward on this backbone to %.1g", deviation)
+    built = together(accelerator, lambda: _build(accelerator, config, plan, llm_path))
+    on_main(accelerator, lambda: workspace.open_run(folder, config, mode, plan))
     initial = _snapshot(built.model)
     model = accelerator.prepare(built.model)
     for fold in chosen:
@@ -81,17 +62,40 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
         )  # fmt: skip
         trainer.run(resume=mode == "resume")
     accelerator.wait_for_everyone()
-    return RunResult(folder, tuple(fold.index for fold in chosen))
+    # Accelerate keeps what it prepared; a second run in this process must not find the first one's LLM in memory.
+    accelerator.free_memory()
+    return folder
+
+
+def _build(accelerator: Accelerator, config: Config, plan: FoldPlan, llm_path: str) -> BuiltModel:
+    """Build the model on the device and check the packed forward against the padded one on the real backbone."""
+    built = build_model(config, plan.aus, llm_path)
+    built.model.to(accelerator.device)
+    if config.model.packing and isinstance(built.model, AULLM):
+        with accelerator.autocast():
+            deviation = built.model.reasoner.self_check()
+        logger.info("Packing: differs from the padded forward on this backbone by %.1e (relative)", deviation)
+    return built
+
+
+def _report_data(store: ClipStore, plan: FoldPlan) -> None:
+    logger.info(
+        "Data: %d clips of %d subjects, %d fold%s (%s), AUs %s",
+        len(store.samples),
+        len({sample.subject for sample in store.samples}),
+        len(plan.folds),
+        "" if len(plan.folds) == 1 else "s",
+        plan.protocol,
+        ", ".join(map(str, plan.aus)),
+    )
 
 
 def _fold_plan(config: Config, store: ClipStore, num_train_folders: int) -> FoldPlan:
     data = config.data
-    corpora = sorted({sample.corpus for sample in store.samples})
-    test_corpora: list[str] = []
-    if data.protocol == "cross":
-        test_corpora = sorted({s.corpus for s in ClipStore(data.test, data.size).samples})
-        corpora = sorted({s.corpus for s in ClipStore(data.train, data.size).samples})
-    aus = tuple(data.aus) or au_vocabulary([*corpora, *test_corpora], data.protocol)
+    train_corpora = sorted(set().union(*store.corpora[:num_train_folders]))
+    test_corpora = sorted(set().union(*store.corpora[num_train_folders:]))
+    corpora = tuple(sorted({*train_corpora, *test_corpora}))
+    aus = tuple(data.aus) or au_vocabulary(corpora, data.protocol)
     unknown = [au for au in aus if au not in AU_NAMES]
     if unknown:
         raise UserError(f"data.aus names AU{unknown[0]}; allowed: {', '.join(map(str, AU_NAMES))}")
@@ -101,14 +105,14 @@ def _fold_plan(config: Config, store: ClipStore, num_train_folders: int) -> Fold
         seed=config.training.seed,
         inner_fraction=data.inner_fraction,
         num_folds=data.folds,
-        train_corpora=corpora,
+        train_corpora=train_corpora,
         test_corpora=test_corpora,
     )
-    return FoldPlan(data.protocol, tuple(sorted({*corpora, *test_corpora})), aus, config.training.seed, folds)
+    return FoldPlan(data.protocol, corpora, aus, config.training.seed, folds)
 
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Copy trainables and the buffers beside them to the CPU, so that each fold starts from the same state."""
+    """Copy the trainables to the CPU, so that each fold starts from the same state."""
     tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 

@@ -1,6 +1,6 @@
 """What a run stands on before it trains: the run folder, its datasets and its backbone."""
 
-import importlib.metadata
+import hashlib
 import json
 import platform
 import shutil
@@ -11,16 +11,18 @@ from typing import Any, Literal
 
 import yaml
 
-from aullm_dist.config import Config, from_dict, to_dict
+from aullm_dist.config import Config, ModelConfig, from_dict, to_dict
+from aullm_dist.data.protocols import FoldPlan, read_folds, write_folds
 from aullm_dist.errors import UserError
 from aullm_dist.files import write_text
 from aullm_dist.log import get_logger
+from aullm_dist.training.manifest import library_versions
 
 logger = get_logger(__name__)
 
-Mode = Literal["new", "resume", "replace"]
+Mode = Literal["new", "resume", "replace", "again"]
 CONFIG_FILE = "config.yaml"
-_LIBRARIES = ("torch", "accelerate", "transformers", "peft", "datasets", "numpy", "safetensors")
+FOLDS_FILE = "folds.json"
 _MAY_CHANGE = {
     "training.output",
     "training.processes",
@@ -35,75 +37,83 @@ _MAY_CHANGE = {
 }
 
 
-def open_run(config: Config, mode: Mode) -> Path:
-    """Make the run folder ready and write the resolved configuration and the environment into it.
+def check_run_folder(config: Config, mode: Mode) -> Path:
+    """Check that a run may go into `training.output`, without touching it.
 
     Args:
         config: the run's configuration; `training.output` names the folder.
-        mode: `new` wants a folder without a run, `resume` continues the run in it if there is one, `replace` removes
-            what an earlier run trained there and keeps its corpus and backbone.
+        mode: `new` wants a folder without a run, `resume` continues the run in it if there is one, `replace` will
+            remove what an earlier run trained there, `again` does so only for a run of this very configuration.
 
     Raises:
         UserError: the folder holds a run and `new` was asked for, or the run in it has another configuration.
     """
     run = Path(config.training.output)
-    saved = run / CONFIG_FILE
     if run.exists() and not run.is_dir():
         raise UserError(f"training.output: {run} is a file; give a folder")
-    if saved.exists():
-        if mode == "new":
-            raise UserError(
-                f"{run} holds a run already; add --resume auto to continue it, --replace to train it anew, or choose "
-                "another folder with training.output="
-            )
-        if mode == "resume":
-            _refuse_other_config(saved, config)
-        else:
-            logger.info("Replacing the earlier run in %s", run)
-            remove_results(run)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        write_text(saved, yaml.safe_dump(to_dict(config), sort_keys=False))
-        write_text(run / "environment.json", json.dumps(environment(), indent=2) + "\n")
-    except OSError as error:
+    saved = run / CONFIG_FILE
+    if mode == "new" and (saved.exists() or any(run.glob("fold-*"))):
         raise UserError(
-            f"training.output: {run} cannot be written ({error.strerror}); give a writable folder"
-        ) from error
+            f"{run} holds a run already; add --resume auto to continue it, --replace to train it anew, or choose "
+            "another folder with training.output="
+        )
+    if mode in ("resume", "again") and saved.exists():
+        _refuse_other_config(saved, config, mode)
     return run
 
 
+def open_run(run: Path, config: Config, mode: Mode, plan: FoldPlan) -> None:
+    """Write what defines the run into its folder; called when data and model are known to be there.
+
+    Raises:
+        UserError: a resumed run had other folds, because its data changed.
+    """
+    folds = run / FOLDS_FILE
+    if mode == "resume" and folds.exists() and read_folds(folds) != plan:
+        raise UserError(
+            f"{folds}: the run had other folds, so its data changed; prepare the data as they were or choose another "
+            "folder with training.output="
+        )
+    if mode in ("replace", "again"):
+        if (run / CONFIG_FILE).exists():
+            logger.info("Replacing the earlier run in %s", run)
+        remove_results(run)
+    run.mkdir(parents=True, exist_ok=True)
+    write_folds(folds, plan)
+    write_text(run / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    write_text(run / CONFIG_FILE, yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
 def remove_results(run: Path) -> None:
-    """Remove what training wrote below `run`, and nothing else."""
+    """Remove what training and evaluation wrote below `run`; corpus, dataset and backbone stay."""
     for path in [*run.glob("fold-*"), run / "tensorboard", run / "baseline"]:
         if path.is_dir():
             shutil.rmtree(path)
-    for name in ("folds.json", "metrics.json", "table.md", "table.csv"):
-        (run / name).unlink(missing_ok=True)
+    for pattern in (CONFIG_FILE, FOLDS_FILE, "metrics*.json", "table*.md", "table*.csv"):
+        for path in run.glob(pattern):
+            path.unlink()
 
 
-def _refuse_other_config(saved: Path, config: Config) -> None:
+def _refuse_other_config(saved: Path, config: Config, mode: Mode) -> None:
     content = yaml.safe_load(saved.read_text(encoding="utf-8"))
     before, now = to_dict(from_dict(content, str(saved))), to_dict(config)
+    remedy = "resume with the same configuration" if mode == "resume" else "add --replace to train anew"
     for group, values in now.items():
         for key, value in values.items():
             name = f"{group}.{key}"
             if name not in _MAY_CHANGE and before[group][key] != value:
                 raise UserError(
-                    f"{saved.parent} holds a run with {name} = {before[group][key]!r}, now it is {value!r}; resume "
-                    "with the same configuration or choose another folder with training.output="
+                    f"{saved.parent} holds a run with {name} = {before[group][key]!r}, now it is {value!r}; {remedy} "
+                    "or choose another folder with training.output="
                 )
 
 
 def environment() -> dict[str, Any]:
     """Return versions, machine and commit, for the run's records."""
-    versions = {}
-    for name in _LIBRARIES:
-        versions[name] = importlib.metadata.version(name)
     return {
         "command": sys.argv,
-        "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": library_versions(),
         "commit": _commit(),
     }
 
@@ -113,8 +123,8 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
-    result = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
+    command = ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def datasets_of(config: Config) -> tuple[list[Path], list[Path]]:
@@ -140,9 +150,9 @@ def _synthetic_dataset(config: Config) -> Path:
         shift=data.synthetic_shift,
         seed=data.synthetic_seed,
     )
-    name = f"{data.synthetic_corpus}-{data.synthetic_subjects}x{data.synthetic_clips}"
-    name += f"-amplitude{data.synthetic_amplitude:g}-balance{data.synthetic_balance:g}"
-    name += f"-shift_{data.synthetic_shift}-seed{data.synthetic_seed}"
+    # The hash keeps corpora of different descriptions apart, whatever the generator learns to vary.
+    key = hashlib.sha256(repr(spec).encode()).hexdigest()[:8]
+    name = f"{spec.corpus}-{spec.subjects}x{spec.clips_per_subject}-seed{spec.seed}-{key}"
     base = Path(config.training.output)
     corpus, prepared = base / "corpus" / name, base / "dataset" / f"{name}-{data.size}px"
     if not (prepared / "dataset_info.json").is_file():
@@ -160,6 +170,9 @@ def backbone_of(config: Config) -> str:
     """Return the path or name of the backbone, building the tiny one below the run folder if it is asked for."""
     model = config.model
     if model.llm != "tiny":
+        for key in ("llm_architecture", "llm_hidden", "llm_layers"):
+            if model.llm != "none" and getattr(model, key) != getattr(ModelConfig(), key):
+                logger.warning("model.%s is ignored: it describes the tiny backbone, not %s", key, model.llm)
         return model.llm
     from aullm_dist.model.tiny import build_tiny_backbone
 

@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_runs import checkpoint_tensors, launch, logits, newest_checkpoint, overrides, train_here
+from training_runs import checkpoint_tensors, launch, logits, newest_checkpoint, overrides, scalars, train_here
 
 from aullm_dist.data.prepare import prepare
 from aullm_dist.data.synthetic import SyntheticSpec, write_corpus
@@ -184,6 +184,8 @@ def test_protocol_all_trains_on_everything_and_keeps_inner_answers(tiny_dataset,
     assert plan["folds"][0]["test"] == []
     assert set(logits(run)) == set(plan["folds"][0]["inner"])
     assert "Checkpoints" in capsys.readouterr().out
+    thresholds = json.loads((run / "fold-00" / "thresholds.json").read_text())["thresholds"]
+    assert set(thresholds) == {f"AU{au}" for au in (1, 2, 4, 7, 12, 14, 15, 17)}
 
 
 def _with_other_test_labels(dataset, run, folder):
@@ -235,6 +237,57 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny_dataset, tiny_llm, tmp_path,
     assert part in lines[-1]
     assert lines[-1].startswith("train.py: error: ")
     assert not list((tmp_path).rglob("checkpoints"))
+
+
+def test_a_start_that_failed_does_not_occupy_the_run_folder(tiny_dataset, tiny_llm, tmp_path):
+    settings = overrides(tiny_dataset, tiny_llm, tmp_path / "run", training__max_steps=1)
+    assert train_here(*settings, "model.llm=/no/such/model") == 2
+    assert not (tmp_path / "run").exists()
+    assert train_here(*settings) == 0
+
+
+def test_a_replacement_that_cannot_start_leaves_the_old_run(finished, tmp_path):
+    run, settings = finished
+    kept = tmp_path / "run"
+    shutil.copytree(run, kept)
+    assert train_here(*settings, f"training.output={kept}", "--replace", "model.llm=/no/such/model") == 2
+    assert logits(kept) == logits(run)
+    assert (kept / "metrics.json").is_file()
+
+
+def test_resume_refuses_data_that_changed(finished, tiny_dataset, tmp_path, capsys):
+    run, settings = finished
+    resumed = tmp_path / "run"
+    shutil.copytree(run, resumed)
+    smaller = datasets.load_from_disk(str(tiny_dataset)).select(range(20))
+    smaller.save_to_disk(str(tmp_path / "smaller"))
+    config = (resumed / "config.yaml").read_text().replace(str(tiny_dataset), str(tmp_path / "smaller"))
+    (resumed / "config.yaml").write_text(config)
+    other = [f"training.output={resumed}", f'data.train=["{tmp_path}/smaller"]']
+    assert train_here(*settings, *other, "--resume", "auto") == 2
+    assert "the run had other folds, so its data changed" in capsys.readouterr().err
+    assert (resumed / "folds.json").read_bytes() == (run / "folds.json").read_bytes()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(tiny_dataset, tiny_llm, tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "fold-00").mkdir(parents=True)
+    (run / "fold-00" / "checkpoints").write_text("in the way")
+    settings = overrides(tiny_dataset, tiny_llm, run, training__max_steps=1)
+    assert train_here(*settings, "--resume", "auto") == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("train.py: error: checkpoint ")
+    assert "could not be written" in message
+
+
+def test_a_resumed_run_keeps_every_tensorboard_point(finished, tmp_path):
+    run, settings = finished
+    resumed = tmp_path / "run"
+    shutil.copytree(run, resumed)
+    shutil.rmtree(newest_checkpoint(resumed))
+    assert train_here(*settings, f"training.output={resumed}", "--resume", "auto") == 0
+    assert scalars(resumed, "loss/loss") == scalars(run, "loss/loss")
+    assert scalars(resumed, "heldout/f1_macro") == scalars(run, "heldout/f1_macro")
 
 
 def test_not_finite_gradients_are_skipped_and_then_stop_the_run(tiny_dataset, tiny_llm, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Batches: index tables, keyed draws, and gradients that do not depend on how a global batch is cut."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -135,5 +137,11 @@ def test_a_missing_dataset_another_size_and_a_repeated_one_are_refused(tiny_data
         ClipStore([tmp_path], 64)
     with pytest.raises(UserError, match="64x64 pixels, data.size is 96"):
         ClipStore([tiny_dataset], 96)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_dataset, damaged)
+    next(damaged.glob("*.arrow")).write_bytes(b"not arrow")
+    with pytest.raises(UserError, match="damaged") as caught:
+        ClipStore([damaged], 64)
+    assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="occurs twice"):
         ClipStore([tiny_dataset, tiny_dataset], 64)

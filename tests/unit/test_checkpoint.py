@@ -25,10 +25,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from aullm_dist.errors import UserError
+from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.training import checkpoint as checkpoint_module
 from aullm_dist.training.base_identity import base_identity
-from aullm_dist.training.checkpoint import CheckpointError, load_checkpoint
+from aullm_dist.training.checkpoint import load_checkpoint
 from aullm_dist.training.manifest import read_manifest, verify_checkpoint
 from aullm_dist.training.retention import find_newest_valid, list_checkpoints, rotate
 

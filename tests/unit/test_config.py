@@ -55,6 +55,11 @@ def test_round_trip_through_plain_dictionaries():
         ("training: {seed: [}\n", ["line 1", "not valid YAML"]),
         ("training:\n  lr_new: -1\n", ["training.lr_new is -1", "above 0"]),
         ("training:\n  lr_new: .nan\n", ["training.lr_new is nan"]),
+        ("training:\n  lr_new: .inf\n", ["training.lr_new is inf"]),
+        ("training:\n  seed: 99999999999999999999\n", ["training.seed", "4294967295"]),
+        ("training:\n  asl_gamma_positive: 0.5\n", ["asl_gamma_positive is 0.5", "from 1"]),
+        ("training:\n  output: ''\n", ["training.output is empty"]),
+        ("model:\n  kernels: triton\n", ["model.kernels is 'triton'", "auto, torch"]),
         ("training:\n  global_batch: 7\n  micro_batch: 2\n", ["global_batch is 7", "multiple"]),
         ("training:\n  global_batch: 8\n  micro_batch: 4\n  processes: 3\n", ["= 12"]),
         ("data:\n  protocol: cross\n", ["data.train and data.test"]),
@@ -102,7 +107,14 @@ def test_every_numeric_setting_is_range_checked():
     """A setting added later without a range would let nonsense through."""
     from aullm_dist.config import checks
 
-    checked = {*checks._POSITIVE, *checks._POSITIVE_OR_NULL, *checks._NOT_NEGATIVE, *checks._SHARES}
+    checked = {
+        *checks._POSITIVE,
+        *checks._POSITIVE_OR_NULL,
+        *checks._NOT_NEGATIVE,
+        *checks._SHARES,
+        *checks._SEEDS,
+        *checks._GAMMAS,
+    }
     checked |= {"data.num_frames", "data.folds", "data.synthetic_subjects", "data.size", "data.fold"}
     for group in dataclasses.fields(config.Config):
         values = getattr(config.Config(), group.name)
