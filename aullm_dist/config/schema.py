@@ -16,7 +16,9 @@ class ModelConfig:
     """Width of the `tiny` backbone."""
     llm_layers: int = 4
     """Decoder layers of the `tiny` backbone."""
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    attention: Literal["auto", "prefix", "sdpa", "eager"] = "auto"
+    """How packed branches attend: `prefix` computes only what a suffix sees, `sdpa` and `eager` take a dense mask.
+    `auto` is `prefix` with packing and `sdpa` without."""
     trust_remote_code: bool = False
     """Run model code that ships with a checkpoint. Off, because it executes what the publisher wrote."""
     lora_rank: int = 16

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from aullm_dist.errors import UserError
 from aullm_dist.log import is_main_process
+from aullm_dist.model import prefix_attention
 from aullm_dist.model.packing import ATTENTIONS, check_packable, decoder_of
 from aullm_dist.model.quiet import hidden_progress_bars
 
@@ -63,7 +64,7 @@ def load_backbone(
     Args:
         name_or_path: a local folder with config.json, or a Hugging Face name.
         dtype: dtype of the frozen weights. LoRA parameters are float32 whatever it is.
-        attention: "auto" (sdpa), "sdpa" or "eager".
+        attention: "auto" (prefix when packing, else sdpa), "prefix", "sdpa" or "eager".
         packing: whether packed branches will run on it; then its architecture must have a mask recipe.
         trust_remote_code: run model code that ships with the checkpoint.
         lora_rank: LoRA rank; 0 leaves the model without LoRA.
@@ -79,7 +80,8 @@ def load_backbone(
     """
     if attention != "auto" and attention not in ATTENTIONS:
         raise UserError(f"backbone {name_or_path}: attention is {attention!r}; allowed: auto, {', '.join(ATTENTIONS)}")
-    implementation = "sdpa" if attention == "auto" else attention
+    automatic = "prefix" if packing else "sdpa"
+    implementation = automatic if attention == "auto" else attention
     source, is_local = _resolve(name_or_path)
     common = {"trust_remote_code": trust_remote_code, "local_files_only": is_local}
     config = _load_config(source, common)
@@ -90,7 +92,8 @@ def load_backbone(
         tokenizer, model = _load_files(source, config, dtype, implementation, common)
     model.requires_grad_(False)
     model.config.use_cache = False
-    choice = "auto: takes the mask of packed branches" if attention == "auto" else "as set"
+    why = "knows the layout of packed branches" if packing else "rows of one branch need no mask"
+    choice = f"auto: {why}" if attention == "auto" else "as set"
     reasons = {
         "backbone": f"{config.model_type} from {source}, {_millions(model.parameters())} M parameters, frozen, "
         f"{str(dtype).removeprefix('torch.')}, loaded in {time.monotonic() - started:.1f} s",
@@ -164,7 +167,7 @@ def _load_files(
             source,
             config=config,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=prefix_attention.NAME if attention == "prefix" else attention,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **common,

@@ -19,12 +19,13 @@ from transformers import PretrainedConfig
 from transformers.masking_utils import create_causal_mask
 
 from aullm_dist.errors import UserError
+from aullm_dist.model import prefix_attention
 
 MASK_RECIPES: dict[str, str] = {"llama": "full", "qwen3": "full"}
 """Model type -> mask recipe. `full`: one mask for all layers, no window."""
 
-ATTENTIONS = ("sdpa", "eager")
-"""Attention implementations that take the mask of a packed sequence."""
+ATTENTIONS = ("prefix", "sdpa", "eager")
+"""Attention implementations that run packed branches: `prefix` knows the layout, the others take a dense mask."""
 
 
 def check_packable(config: PretrainedConfig, attention: str) -> None:
@@ -34,6 +35,7 @@ def check_packable(config: PretrainedConfig, attention: str) -> None:
         UserError: an attention that ignores custom masks, a model type outside `MASK_RECIPES`, or layers that are not
             full attention (sliding windows, linear attention).
     """
+    attention = "prefix" if attention == prefix_attention.NAME else attention
     remedy = "or set model.packing=false"
     if attention not in ATTENTIONS:
         why = " (flash attention ignores custom masks)" if "flash" in attention else ""
@@ -91,25 +93,32 @@ def packed_hidden(
     sequence = torch.cat([prefix, filled.reshape(rows, per_row * suffix_tokens, width)], dim=1)
     positions, segments = _positions_and_segments(prefix_tokens, suffix_tokens, per_row, sequence.device)
 
+    decoder = decoder_of(llm)
+    if decoder.config._attn_implementation == prefix_attention.NAME:
+        layout = {"prefix_tokens": prefix_tokens, "suffix_tokens": suffix_tokens}
+    else:
+        layout = {"attention_mask": _dense_mask(decoder.config, sequence, segments)}
+    output = decoder(inputs_embeds=sequence, position_ids=positions.expand(rows, -1), use_cache=False, **layout)
+    hidden = output.last_hidden_state[:, prefix_tokens:].reshape(rows * per_row, suffix_tokens, width)
+    return hidden[:num_suffixes, list(readout_positions)]
+
+
+def _dense_mask(config: PretrainedConfig, sequence: Tensor, segments: Tensor) -> Tensor:
+    """Return the mask of a packed row in the form that the attention implementation wants."""
+
     def same_branch(batch, head, query, key):
         return (segments[query] == segments[key]) | (segments[key] == -1)
 
-    decoder = decoder_of(llm)
-    # The library adds the causal part and picks the form that the attention implementation wants: boolean for sdpa,
-    # additive in the embeddings' dtype for eager.
-    mask = create_causal_mask(
-        config=decoder.config,
+    # The library adds the causal part, and knows the form: boolean for sdpa, additive in the embeddings' dtype for
+    # eager.
+    return create_causal_mask(
+        config=config,
         inputs_embeds=sequence,
         attention_mask=None,
         past_key_values=None,
         position_ids=None,
         and_mask_function=same_branch,
     )
-    output = decoder(
-        inputs_embeds=sequence, attention_mask=mask, position_ids=positions.expand(rows, -1), use_cache=False
-    )
-    hidden = output.last_hidden_state[:, prefix_tokens:].reshape(rows * per_row, suffix_tokens, width)
-    return hidden[:num_suffixes, list(readout_positions)]
 
 
 def padded_hidden(

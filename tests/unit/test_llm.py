@@ -135,7 +135,7 @@ def test_damaged_weights_are_refused(tmp_path, tiny):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"attention": "flash_attention_2"}, "attention is 'flash_attention_2'; allowed: auto, sdpa, eager"),
+        ({"attention": "flash_attention_2"}, "attention is 'flash_attention_2'; allowed: auto, prefix, sdpa, eager"),
         ({"lora_targets": ["q_proj", "nope"]}, "LoRA target 'nope': matches no linear layer"),
         ({"lora_targets": ["lm_head"]}, "LoRA target 'lm_head': matches no linear layer"),
         ({"lora_targets": []}, "LoRA targets: none given"),

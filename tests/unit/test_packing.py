@@ -71,7 +71,7 @@ def assert_same(got, expected, tolerance=2e-5):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["prefix", "sdpa", "eager"])
 @pytest.mark.parametrize("readout", ["last", "per_au"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_packed_equals_padded(folders, architecture, readout, attention, checkpointing):
@@ -107,7 +107,7 @@ def test_hidden_states_of_all_paths_agree(folders, rows):
     torch.testing.assert_close(branches, padded, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["prefix", "sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_changed_suffix_changes_only_its_own_output(folders, attention, dtype):
     llm = load_backbone(folders["llama"], attention=attention, dtype=dtype).model.eval()
@@ -168,7 +168,7 @@ def test_bfloat16_gives_float32_logits_and_finite_gradients(folders, autocast):
 
 
 def test_self_check_passes_on_a_good_mask_and_raises_on_a_leak(folders, monkeypatch):
-    reasoner = make_reasoner(folders["llama"])
+    reasoner = make_reasoner(folders["llama"], attention="sdpa")
     assert reasoner.self_check() < 1e-5
     assert reasoner.training
     causal = packing.create_causal_mask
