@@ -78,9 +78,9 @@ def _suffixes(
     groups = key.shape[1]
     per_group, count = heads // groups, (length - prefix_tokens) // size
     # [B, J, G, K, S, E] for queries and [B, J, K, S, E] for keys and values.
-    own_query = (query[:, :, prefix_tokens:] * scaling).view(rows, groups, per_group, count, size, width)
-    own_key = key[:, :, prefix_tokens:].view(rows, groups, count, size, width)
-    own_value = value[:, :, prefix_tokens:].view(rows, groups, count, size, width)
+    own_query = query[:, :, prefix_tokens:].reshape(rows, groups, per_group, count, size, width)
+    own_key = key[:, :, prefix_tokens:].reshape(rows, groups, count, size, width)
+    own_value = value[:, :, prefix_tokens:].reshape(rows, groups, count, size, width)
     # Queries of one key-value head fold into rows of one matrix product, against the prefix and suffix by suffix.
     flat = own_query.reshape(rows, groups, per_group * count * size, width)
     to_prefix = flat @ key[:, :, :prefix_tokens].transpose(-1, -2)
@@ -89,7 +89,9 @@ def _suffixes(
     later = torch.ones(size, size, dtype=torch.bool, device=query.device).triu(1)
     to_own = to_own.masked_fill(later, float("-inf")).transpose(2, 3)
     scores = torch.cat([to_prefix.view(rows, groups, per_group, count, size, prefix_tokens), to_own], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    # Scaled in float32 at least: bfloat16 would round every query once more.
+    scores = scores.to(torch.promote_types(query.dtype, torch.float32)) * scaling
+    weights = torch.softmax(scores, dim=-1).to(query.dtype)
     if dropout:
         weights = functional.dropout(weights, dropout)
     from_prefix, from_own = weights.split([prefix_tokens, size], dim=-1)
