@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOG := $(VENV)/setup.log
 # A machine with an NVIDIA driver takes torch's CUDA build; every other one the tested CPU versions of constraints.txt.
 comma := ,
 INSTALL := $(if $(shell command -v nvidia-smi 2>/dev/null),-e .[cuda$(comma)dev],-c constraints.txt -e .[dev])
@@ -14,11 +15,12 @@ LAUNCH := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dyna
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; run make PYTHON=python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(INSTALL)
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; run make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Setting up $(VENV): pip install $(INSTALL)  (log: $(LOG))"
+	@{ $(BIN)/python -m pip install --upgrade pip && $(BIN)/python -m pip install $(INSTALL); } > $(LOG) 2>&1 \
+	  || { tail -n 30 $(LOG); exit 1; }
+	@touch $@
 
 demo: setup
 	$(BIN)/accelerate launch $(LAUNCH) aullm_dist/train.py

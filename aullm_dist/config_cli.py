@@ -6,11 +6,11 @@ import dataclasses
 import inspect
 import sys
 import textwrap
+import typing
 
 import yaml
 
 from aullm_dist.config import Config, find_config, load, to_dict
-from aullm_dist.config import schema as schema_module
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,11 +39,11 @@ def describe_settings() -> str:
     """Return every setting as `group.key = default` with its type and documentation."""
     lines = []
     for group in dataclasses.fields(Config):
-        group_class = getattr(schema_module, _type_name(group.type))
+        group_class = group.type
         lines.append(f"{group.name}: {inspect.getdoc(group_class)}")
         documents = _attribute_documents(group_class)
         for field, default in zip(dataclasses.fields(group_class), dataclasses.astuple(group_class()), strict=True):
-            kind = _type_name(field.type).replace("Literal[", "[").replace("typing.", "")
+            kind = _type_name(field.type)
             shown = yaml.safe_dump(default, default_flow_style=True).splitlines()[0]
             lines.append(f"  {group.name}.{field.name} = {shown}   ({kind})")
             if field.name in documents:
@@ -54,7 +54,10 @@ def describe_settings() -> str:
 
 
 def _type_name(kind: object) -> str:
-    return kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return " | ".join(typing.get_args(kind))
+    name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+    return name.replace("None", "null")
 
 
 def _attribute_documents(group_class: type) -> dict[str, str]:

@@ -76,6 +76,10 @@ def prepare(
     """
     _check_arguments(corpus, size, crop, bad_clips, num_workers)
     out = Path(out).expanduser().absolute()
+    if out.resolve().is_relative_to(Path(root).expanduser().resolve()):
+        raise UserError(
+            f"--out {out}: lies inside --root {root}; give a folder outside the release, which is only read"
+        )
     previous = _previous_report(out)
     index = read_corpus(corpus, root, bad_rows="stop" if bad_clips == "stop" else "skip")
     plans, notes = _plan_clips(index, bad_clips)

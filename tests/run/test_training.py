@@ -195,7 +195,7 @@ def _with_other_test_labels(dataset, run, folder):
     aus = {1, 2, 4, 7, 12, 14, 15, 17}
     changed = datasets.load_from_disk(str(dataset)).map(
         lambda row: {"aus": sorted(aus - set(row["aus"]))} if row["sample_id"] in test else row,
-        load_from_cache_file=False,
+        keep_in_memory=True,
     )
     changed.save_to_disk(str(folder))
     return folder

@@ -139,7 +139,7 @@ def test_a_missing_dataset_another_size_and_a_repeated_one_are_refused(tiny_data
         ClipStore([tiny_dataset], 96)
     damaged = tmp_path / "damaged"
     shutil.copytree(tiny_dataset, damaged)
-    next(damaged.glob("*.arrow")).write_bytes(b"not arrow")
+    next(damaged.glob("data-*.arrow")).write_bytes(b"not arrow")
     with pytest.raises(UserError, match="damaged") as caught:
         ClipStore([damaged], 64)
     assert "\n" not in str(caught.value)

@@ -346,3 +346,10 @@ def test_frames_of_more_than_8_bits_are_refused(tmp_path):
     Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(file)
     with pytest.raises(UnreadableFrame, match="allowed: 8-bit"):
         load_frame(file, size=8)
+
+
+def test_nothing_is_written_into_the_release(release):
+    before = sorted(release.rglob("*"))
+    with pytest.raises(UserError, match="lies inside --root"):
+        prepare("casme2", release, release / "prepared", size=16)
+    assert before == sorted(release.rglob("*"))
