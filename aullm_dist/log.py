@@ -32,10 +32,14 @@ def get_logger(name: str = _ROOT) -> logging.Logger:
     return logging.getLogger(name if name.startswith(_ROOT) else f"{_ROOT}.{name}")
 
 
+def all_loggers() -> list[logging.Logger]:
+    """Return the loggers whose messages a user sees: ours and that of the kernels."""
+    return [logging.getLogger(_ROOT), logging.getLogger(_KERNELS)]
+
+
 def set_up(level: int = logging.INFO) -> None:
     """Send our messages to stderr, at `level` on the main process and from WARNING up on the others."""
-    for name in (_ROOT, _KERNELS):
-        logger = logging.getLogger(name)
+    for logger in all_loggers():
         if not logger.handlers:
             handler = _StderrHandler()
             handler.setFormatter(logging.Formatter("%(message)s"))

@@ -21,7 +21,7 @@ from aullm_dist.data.clips import ClipStore
 from aullm_dist.data.protocols import Fold
 from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.files import write_text
-from aullm_dist.log import get_logger
+from aullm_dist.log import all_loggers, get_logger
 from aullm_dist.training.batches import Batch, training_loader
 from aullm_dist.training.build import BuiltModel, evaluation_recipe, training_recipe
 from aullm_dist.training.checkpoint import load_checkpoint, save_checkpoint
@@ -148,7 +148,7 @@ class FoldTrainer:
         self.model.train()
         batches = iter(loader)
         log, rate = _LossLog(self.accelerator), Throughput()
-        with bar, logging_redirect_tqdm([get_logger()]):
+        with bar, logging_redirect_tqdm(all_loggers()):
             for step in range(first_step, self.total_steps):
                 norm = self._step(batches, step, log, rate)
                 done = step + 1
