@@ -301,6 +301,7 @@ def main() -> None:
     report = {"benchmark": "packed_step", **headline, "rows": rows, "model": model, "machine": machine()}
     print(table(rows))
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ import argparse
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,12 @@ from datasets import load_from_disk
 from openpyxl import Workbook
 from PIL import Image, ImageFilter
 
+from aullm_dist.data.clips import ClipStore
 from aullm_dist.data.prepare import prepare
+from aullm_dist.facs import AU_SETS
+from aullm_dist.model.counterfactual import Chances
+from aullm_dist.model.relations import build_relations, sample_structure_edit
+from aullm_dist.training.batches import ClipRecipe, make_sample
 
 FRAMES_PER_CLIP = 67
 HEADER = ["Subject", "Filename", "OnsetFrame", "ApexFrame", "OffsetFrame", "Action Units", "Estimated Emotion"]
@@ -49,6 +55,28 @@ def read_clips(dataset: object, num_reads: int) -> float:
     return num_reads / (time.perf_counter() - started)
 
 
+def make_training_samples(folder: Path, size: int, num_samples: int) -> float:
+    """Training samples per second: decoded, cut, augmented, with two interventions, as a loader makes them."""
+    store = ClipStore([folder], size)
+    view = store.view([sample.sample_id for sample in store.samples])
+    relations = build_relations(AU_SETS["casme2"])
+    recipe = ClipRecipe(
+        num_frames=6,
+        cut_fraction=0.2,
+        augment=True,
+        chances=Chances(2, {"structure": 1.0, "appearance": 1.0, "neutral": 1.0}),
+        prior_mask=relations.prior_mask,
+        edit_structure=partial(sample_structure_edit, relations, 0.15),
+        contradiction=True,
+    )
+    labels = view.labels(AU_SETS["casme2"])
+    started = time.perf_counter()
+    for number in range(num_samples):
+        index = number % len(view)
+        make_sample(view, index, labels[index], recipe, epoch=number // len(view))
+    return num_samples / (time.perf_counter() - started)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clips", type=int, default=16)
@@ -62,10 +90,12 @@ def main() -> None:
         report = prepare("casme2", root, out, size=args.size, num_workers=1)
         seconds = time.perf_counter() - started
         read = read_clips(load_from_disk(str(out)), num_reads=2000)
+        samples = make_training_samples(out, args.size, num_samples=500)
     result = {
         "prepare_clips_per_second_per_core": report["num_clips"] / seconds,
         "prepare_frames_per_second_per_core": report["num_frames"] / seconds,
         "read_clips_per_second": read,
+        "training_samples_per_second_per_core": samples,
         "frames_per_clip": FRAMES_PER_CLIP,
         "source": "640x480 JPEG",
         "size": args.size,
@@ -73,6 +103,7 @@ def main() -> None:
     for key, value in result.items():
         print(f"{key:<36}{value:>14.1f}" if isinstance(value, float) else f"{key:<36}{value:>14}")
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
