@@ -162,6 +162,12 @@ def _load_config(source: str, common: dict) -> PretrainedConfig:
         raise UserError(
             f"backbone {source}: model type {config.model_type!r} is no decoder; allowed: a causal language model"
         )
+    text = config.get_text_config()
+    if text is not config:
+        raise UserError(
+            f"backbone {source}: model type {config.model_type!r} holds more than a text decoder; "
+            f"allowed: a text decoder alone, such as {text.model_type}"
+        )
     return config
 
 

@@ -158,10 +158,11 @@ def test_adapter_loads_with_stock_peft(folders, tmp_path, name):
             assert (stock(input_ids=ids).logits - logits).abs().max() > 1e-2
 
 
-def test_gemma3_with_a_vision_tower_is_refused_by_name(folders, tmp_path):
+@pytest.mark.parametrize("packing", [True, False])
+def test_gemma3_with_a_vision_tower_is_refused_by_name(tmp_path, packing):
     Gemma3Config(text_config=tiny_config("gemma3").to_dict()).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="model type 'gemma3' has no mask recipe; allowed: .*, gemma3_text, or"):
-        load_backbone(tmp_path)
+    with pytest.raises(UserError, match="'gemma3' holds more than a text decoder; allowed: .* such as gemma3_text"):
+        load_backbone(tmp_path, packing=packing)
 
 
 def test_what_auto_chooses_and_why(folders):
