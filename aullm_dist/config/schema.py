@@ -18,7 +18,7 @@ class ModelConfig:
     """Decoder layers of the `tiny` backbone."""
     attention: Literal["auto", "prefix", "sdpa", "eager"] = "auto"
     """How packed branches attend: `prefix` computes only what a suffix sees, `sdpa` and `eager` take a dense mask.
-    `auto` is `prefix` with packing and `sdpa` without."""
+    `auto` is `prefix` with packing and `sdpa` without, or `eager` where the backbone has no sdpa (Gemma 2)."""
     trust_remote_code: bool = False
     """Run model code that ships with a checkpoint. Off, because it executes what the publisher wrote."""
     lora_rank: int = 16

@@ -21,12 +21,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from aullm_dist.errors import UserError
 from aullm_dist.log import is_main_process
 from aullm_dist.model import prefix_attention
-from aullm_dist.model.packing import ATTENTIONS, check_packable, decoder_of
+from aullm_dist.model.packing import (
+    ATTENTIONS,
+    MASK_RECIPES,
+    check_packable,
+    decoder_of,
+    has_sdpa,
+    layer_windows,
+)
 from aullm_dist.model.quiet import hidden_progress_bars
 
 _ALL_LINEAR = "all-linear"
 _LIBRARY_ERRORS = (OSError, ValueError, SafetensorError)
 _PROGRESS_BAR_FROM_BYTES = 2**30
+_IDS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +72,7 @@ def load_backbone(
     Args:
         name_or_path: a local folder with config.json, or a Hugging Face name.
         dtype: dtype of the frozen weights. LoRA parameters are float32 whatever it is.
-        attention: "auto" (prefix when packing, else sdpa), "prefix", "sdpa" or "eager".
+        attention: "prefix", "sdpa", "eager", or "auto": prefix when packing, else sdpa, else eager.
         packing: whether packed branches will run on it; then its architecture must have a mask recipe.
         trust_remote_code: run model code that ships with the checkpoint.
         lora_rank: LoRA rank; 0 leaves the model without LoRA.
@@ -75,29 +83,21 @@ def load_backbone(
         seed: seed of the LoRA initialisation; the global generator is left as it was.
 
     Raises:
-        UserError: no model there, incomplete weights, an attention or architecture that is not supported, a LoRA target
-            that matches nothing.
+        UserError: no model there, incomplete weights, an unsupported attention or architecture, unmatched LoRA targets.
     """
-    if attention != "auto" and attention not in ATTENTIONS:
-        raise UserError(f"backbone {name_or_path}: attention is {attention!r}; allowed: auto, {', '.join(ATTENTIONS)}")
-    automatic = "prefix" if packing else "sdpa"
-    implementation = automatic if attention == "auto" else attention
     source, is_local = _resolve(name_or_path)
     common = {"trust_remote_code": trust_remote_code, "local_files_only": is_local}
     config = _load_config(source, common)
-    if packing:
-        check_packable(config, implementation)
+    implementation, attention_reason = _choose_attention(config, attention, packing)
     started = time.monotonic()
     with hidden_progress_bars(_hides_progress(source, is_local)):
         tokenizer, model = _load_files(source, config, dtype, implementation, common)
     model.requires_grad_(False)
     model.config.use_cache = False
-    why = "knows the layout of packed branches" if packing else "rows of one branch need no mask"
-    choice = f"auto: {why}" if attention == "auto" else "as set"
     reasons = {
         "backbone": f"{config.model_type} from {source}, {_millions(model.parameters())} M parameters, frozen, "
         f"{str(dtype).removeprefix('torch.')}, loaded in {time.monotonic() - started:.1f} s",
-        "attention": f"{implementation} ({choice})",
+        "attention": attention_reason,
         "lora": "none (lora_rank is 0)",
     }
     wrapped: nn.Module = model
@@ -109,18 +109,25 @@ def load_backbone(
     if activation_checkpointing:
         _checkpoint_activations(model)
         reasons["activation_checkpointing"] = "every decoder layer, non-reentrant"
-    width = decoder_of(model).config.hidden_size
-    return Backbone(model=wrapped, tokenizer=tokenizer, config=config, hidden_size=width, reasons=reasons)
+    hidden_size = decoder_of(model).config.hidden_size
+    return Backbone(model=wrapped, tokenizer=tokenizer, config=config, hidden_size=hidden_size, reasons=reasons)
 
 
 @torch.no_grad()
 def embedding_rms(llm: nn.Module) -> float:
-    """Return the root mean square of the LLM's input embeddings, all-zero rows (padding, unused ids) left out."""
-    weight = llm.get_input_embeddings().weight
-    norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+    """Return the root mean square of words as the first layer gets them.
+
+    All-zero rows (padding, unused ids) are left out.
+    """
+    # Through the module, not from its weights: Gemma's scales what it looks up.
+    embed = llm.get_input_embeddings()
+    ids = torch.arange(embed.num_embeddings, device=embed.weight.device)
+    norms = torch.cat(
+        [torch.linalg.vector_norm(embed(part), dim=1, dtype=torch.float32) for part in ids.split(_IDS_AT_ONCE)]
+    )
     used = norms[norms > 0].double()
     assert len(used), "input embeddings are all zero"
-    return (used.square().mean() / weight.shape[1]).sqrt().item()
+    return (used.square().mean() / embed.embedding_dim).sqrt().item()
 
 
 @torch.no_grad()
@@ -155,7 +162,46 @@ def _load_config(source: str, common: dict) -> PretrainedConfig:
         raise UserError(
             f"backbone {source}: model type {config.model_type!r} is no decoder; allowed: a causal language model"
         )
+    text = config.get_text_config()
+    if text is not config:
+        raise UserError(
+            f"backbone {source}: model type {config.model_type!r} holds more than a text decoder; "
+            f"allowed: a text decoder alone, such as {text.model_type}"
+        )
     return config
+
+
+def _choose_attention(config: PretrainedConfig, attention: str, packing: bool) -> tuple[str, str]:
+    """Return the attention implementation, and what to log of it: why it was chosen, and the windows."""
+    if attention not in ("auto", *ATTENTIONS):
+        raise UserError(f"backbone: attention is {attention!r}; allowed: auto, {', '.join(ATTENTIONS)}")
+    if attention != "auto":
+        chosen, why = attention, "as set"
+    elif packing:
+        chosen, why = "prefix", "auto: knows the layout of packed branches"
+    elif has_sdpa(config):
+        chosen, why = "sdpa", "auto: rows of one branch need no mask of ours"
+    else:
+        chosen, why = "eager", f"auto: {config.model_type} has no sdpa"
+    # Prefix attention gets no masks from the library, packed or not: it needs an architecture that it knows.
+    if packing or chosen == "prefix":
+        check_packable(config, chosen)
+    elif chosen == "sdpa" and not has_sdpa(config):
+        raise UserError(
+            f"backbone of type {config.model_type}: has no sdpa attention; set model.attention to auto or eager"
+        )
+    return chosen, f"{chosen} ({why}){_describe_windows(config)}"
+
+
+def _describe_windows(config: PretrainedConfig) -> str:
+    """Return the sliding windows of a backbone with a mask recipe, for the log."""
+    windows = layer_windows(config) if config.model_type in MASK_RECIPES else {}
+    window = windows.get("sliding_attention")
+    if window is None:
+        return ""
+    total = config.num_hidden_layers
+    sliding = config.layer_types.count("sliding_attention") if len(windows) > 1 else total
+    return f", window of {window} tokens on {sliding} of {total} layers"
 
 
 def _load_files(

@@ -5,55 +5,104 @@ suffix sees the prefix and, causally, itself; its position ids restart at P. Bot
 included; the padded one is the oracle of the tests and what `packing: off` runs. LoRA dropout differs between them.
 
 Which mask an architecture needs is a property of the architecture, and some combinations are silently wrong (a boolean
-mask with eager attention, a window counted by index); so what is not in `MASK_RECIPES` is refused by name.
+mask with eager attention, one mask where each layer type wants its own, a window counted by index instead of by
+position); so what is not in `MASK_RECIPES` is refused by name.
 
 Letters: K suffixes (branches times clips), P prefix tokens, S suffix tokens, R readout positions, D LLM width.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.masking_utils import create_causal_mask
 
 from aullm_dist.errors import UserError
 from aullm_dist.model import prefix_attention
 
-MASK_RECIPES: dict[str, str] = {"llama": "full", "qwen3": "full"}
-"""Model type -> mask recipe. `full`: one mask for all layers, no window."""
+MASK_RECIPES: dict[str, str] = {
+    "llama": "full",
+    "mistral": "window",
+    "qwen2": "layer_types",
+    "qwen3": "layer_types",
+    "gemma2": "layer_types",
+    "gemma3_text": "layer_types",
+}
+"""Model type -> mask recipe, as its modelling file in transformers takes masks. `full`: one mask for all layers, no
+window. `window`: one mask for all layers, with `config.sliding_window` in it where that is set. `layer_types`: one mask
+per type in `config.layer_types`, of which `sliding_attention` has the window."""
 
 ATTENTIONS = ("prefix", "sdpa", "eager")
 """Attention implementations that run packed branches: `prefix` knows the layout, the others take a dense mask."""
+
+_REMEDY = "or set model.packing=false and model.attention=auto"
 
 
 def check_packable(config: PretrainedConfig, attention: str) -> None:
     """Refuse a backbone or an attention implementation whose packed mask is not known to be right.
 
     Raises:
-        UserError: an attention that ignores custom masks, a model type outside `MASK_RECIPES`, or layers that are not
-            full attention (sliding windows, linear attention).
+        UserError: an attention that ignores custom masks or that the backbone does not have, a model type outside
+            `MASK_RECIPES`, layers that are neither full nor sliding attention, sliding layers without a window, chunked
+            or bidirectional attention.
     """
     attention = "prefix" if attention == prefix_attention.NAME else attention
-    remedy = "or set model.packing=false"
+    model_type = config.model_type
     if attention not in ATTENTIONS:
         why = " (flash attention ignores custom masks)" if "flash" in attention else ""
         allowed = ", ".join(ATTENTIONS)
         raise UserError(
-            f"packing: attention {attention!r} cannot run packed branches{why}; allowed: {allowed}, {remedy}"
+            f"packing: attention {attention!r} cannot run packed branches{why}; allowed: {allowed}, {_REMEDY}"
         )
-    if config.model_type not in MASK_RECIPES:
+    if model_type not in MASK_RECIPES:
         raise UserError(
-            f"packing: model type {config.model_type!r} has no mask recipe; "
-            f"allowed: {', '.join(MASK_RECIPES)}, {remedy}"
+            f"packing: model type {model_type!r} has no mask recipe; allowed: {', '.join(MASK_RECIPES)}, {_REMEDY}"
         )
-    other_layers = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    known_types = set(layer_windows(config))
+    if MASK_RECIPES[model_type] == "layer_types":
+        known_types = {"full_attention", "sliding_attention"}
+    other_layers = sorted(set(getattr(config, "layer_types", None) or ()) - known_types)
     if other_layers:
         raise UserError(
-            f"packing: {config.model_type} backbone has layers of type {', '.join(other_layers)}; "
-            f"allowed: full_attention, {remedy}"
+            f"packing: {model_type} backbone has layers of type {', '.join(other_layers)}; "
+            f"allowed: {', '.join(sorted(known_types))}, {_REMEDY}"
         )
+    for name, wrong in _odd_settings(config).items():
+        raise UserError(f"packing: {model_type} backbone has {name}={wrong}; no mask recipe for it, {_REMEDY}")
+    if attention == "sdpa" and not has_sdpa(config):
+        raise UserError(
+            f"packing: {model_type} has no sdpa attention (soft-capped scores); allowed: prefix, eager, {_REMEDY}"
+        )
+
+
+def _odd_settings(config: PretrainedConfig) -> dict[str, object]:
+    """Return settings under which the recipe of the model type would be wrong."""
+    odd = {name: getattr(config, name, None) for name in ("attention_chunk_size", "use_bidirectional_attention")}
+    found = {name: given for name, given in odd.items() if given}
+    if getattr(config, "is_causal", True) is False:
+        found["is_causal"] = False
+    window = layer_windows(config).get("sliding_attention", 1)
+    if window is None or window < 1:
+        found["sliding_window"] = window
+    return found
+
+
+def has_sdpa(config: PretrainedConfig) -> bool:
+    """Return whether the library runs this causal LM with sdpa; one with soft-capped scores it does not."""
+    return AutoModelForCausalLM._model_mapping[type(config)]._supports_sdpa
+
+
+def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
+    """Return the layer types of a backbone in `MASK_RECIPES`, each with its sliding window; None sees everything."""
+    recipe, window = MASK_RECIPES[config.model_type], getattr(config, "sliding_window", None)
+    if recipe == "layer_types":
+        return {name: window if name == "sliding_attention" else None for name in sorted(set(config.layer_types))}
+    if recipe == "window" and window is not None:
+        return {"sliding_attention": window}
+    return {"full_attention": None}
 
 
 def decoder_of(llm: nn.Module) -> nn.Module:
@@ -97,17 +146,31 @@ def packed_hidden(
     if decoder.config._attn_implementation == prefix_attention.NAME:
         layout = {"prefix_tokens": prefix_tokens, "suffix_tokens": suffix_tokens}
     else:
-        layout = {"attention_mask": _dense_mask(decoder.config, sequence, segments)}
+        layout = {"attention_mask": _dense_masks(decoder.config, sequence, positions, segments)}
     output = decoder(inputs_embeds=sequence, position_ids=positions.expand(rows, -1), use_cache=False, **layout)
     hidden = output.last_hidden_state[:, prefix_tokens:].reshape(rows * per_row, suffix_tokens, width)
     return hidden[:num_suffixes, list(readout_positions)]
 
 
-def _dense_mask(config: PretrainedConfig, sequence: Tensor, segments: Tensor) -> Tensor:
-    """Return the mask of a packed row in the form that the attention implementation wants."""
+def _dense_masks(
+    config: PretrainedConfig, sequence: Tensor, positions: Tensor, segments: Tensor
+) -> Tensor | dict[str, Tensor]:
+    """Return what the model takes as `attention_mask` for packed rows: one mask, or one per layer type."""
+    windows = layer_windows(config)
+    made = {window: _dense_mask(config, sequence, positions, segments, window) for window in set(windows.values())}
+    masks = {layer_type: made[window] for layer_type, window in windows.items()}
+    return masks if MASK_RECIPES[config.model_type] == "layer_types" else next(iter(masks.values()))
 
-    def same_branch(batch, head, query, key):
-        return (segments[query] == segments[key]) | (segments[key] == -1)
+
+def _dense_mask(
+    config: PretrainedConfig, sequence: Tensor, positions: Tensor, segments: Tensor, window: int | None
+) -> Tensor:
+    """Return one mask of a packed row in the form that the attention implementation wants."""
+
+    def visible(batch, head, query, key):
+        same_branch = (segments[query] == segments[key]) | (segments[key] == -1)
+        # The library's own window counts by index, and would put late suffixes out of sight of the prefix.
+        return same_branch if window is None else same_branch & (positions[query] - positions[key] < window)
 
     # The library adds the causal part, and knows the form: boolean for sdpa, additive in the embeddings' dtype for
     # eager.
@@ -117,7 +180,7 @@ def _dense_mask(config: PretrainedConfig, sequence: Tensor, segments: Tensor) ->
         attention_mask=None,
         past_key_values=None,
         position_ids=None,
-        and_mask_function=same_branch,
+        and_mask_function=visible,
     )
 
 
@@ -178,7 +241,8 @@ def self_check(
 ) -> float:
     """Compare packed with padded hidden states on the real backbone, dropout off.
 
-    The deviation of a readout is the norm of the difference relative to the norm of the padded hidden state.
+    The padded rows run with the library's own attention, so that prefix attention is not compared with itself. The
+    deviation of a readout is the norm of the difference relative to the norm of the padded hidden state.
 
     Args:
         llm: causal LM, wrapped by PEFT or not.
@@ -197,7 +261,8 @@ def self_check(
     was_training = llm.training
     llm.eval()
     packed = packed_hidden(llm, prefix_embeds, suffix_embeds, readout_positions, rows=rows).float()
-    padded = padded_hidden(llm, prefix_embeds, suffix_embeds, readout_positions).float()
+    with _library_attention(decoder_of(llm).config):
+        padded = padded_hidden(llm, prefix_embeds, suffix_embeds, readout_positions).float()
     llm.train(was_training)
     deviation = ((packed - padded).norm(dim=-1) / padded.norm(dim=-1)).max().item()
     if tolerance is None:
@@ -208,6 +273,18 @@ def self_check(
             f"(relative deviation {deviation:.2g}, allowed: {tolerance:.2g}); set model.packing=false"
         )
     return deviation
+
+
+@contextlib.contextmanager
+def _library_attention(config: PretrainedConfig) -> Iterator[None]:
+    """Replace prefix attention by sdpa, or by eager where the backbone has no sdpa."""
+    before = config._attn_implementation
+    if before == prefix_attention.NAME:
+        config._attn_implementation = "sdpa" if has_sdpa(config) else "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def _computes_in_float32(embeds: Tensor) -> bool:

@@ -183,7 +183,9 @@ def test_check_packable_names_what_it_refuses(folders):
     with pytest.raises(UserError, match="flash attention ignores custom masks"):
         check_packable(config, "flash_attention_2")
     config.model_type = "qwen3_next"
-    with pytest.raises(UserError, match=r"'qwen3_next' has no mask recipe; allowed: llama, qwen3"):
+    with pytest.raises(
+        UserError, match=r"'qwen3_next' has no mask recipe; allowed: llama, mistral, qwen2, qwen3, gemma2"
+    ):
         check_packable(config, "sdpa")
     config.model_type, config.layer_types = "qwen3", ["full_attention", "linear_attention"]
     with pytest.raises(UserError, match="layers of type linear_attention"):
