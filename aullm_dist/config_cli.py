@@ -7,6 +7,7 @@ import inspect
 import sys
 import textwrap
 import typing
+from pathlib import Path
 
 import yaml
 
@@ -27,10 +28,13 @@ def run_config(args: argparse.Namespace) -> int:
     Raises:
         UserError: the run file or an override cannot be used.
     """
-    if args.file is None:
+    overrides = args.overrides
+    if args.file and "=" in args.file and not Path(args.file).exists():
+        args.file, overrides = None, [args.file, *overrides]
+    if args.file is None and not overrides:
         sys.stdout.write(describe_settings())
     else:
-        config = load(find_config(args.file), args.overrides)
+        config = load(find_config(args.file) if args.file else None, overrides)
         sys.stdout.write(yaml.safe_dump(to_dict(config), sort_keys=False))
     return 0
 

@@ -47,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
     log.set_up()
     try:
         config = load(find_config(args.config or DEMO), args.overrides)
+        if args.overrides and not args.config:
+            log.get_logger().info("No --config: settings that are not given are those of the demo")
         return _train(config, _mode(args))
     except (UserError, CheckpointError) as error:
         if log.is_main_process():

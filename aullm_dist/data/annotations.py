@@ -24,6 +24,7 @@ ALLOWED = (
 )
 
 _EMPTY = {"", "/", "-"}
+_WHOLE_NUMBER = re.compile(r"\d{1,2}\.0+")
 _STATIC_SPACED = re.compile(r"\(\s*k\s*\)", re.IGNORECASE)
 _OR = re.compile(r"(?<![A-Za-z])or(?![A-Za-z])", re.IGNORECASE)
 _SEPARATORS = re.compile(r"[+,;&|\s]+")
@@ -101,7 +102,9 @@ def _cell_text(cell: object) -> str:
         return ""
     if isinstance(cell, str):
         text = unicodedata.normalize("NFKC", cell).replace("\u3001", ",")
-        return _STATIC_SPACED.sub("(k)", text).strip()
+        text = _STATIC_SPACED.sub("(k)", text).strip()
+        # A number cell that was saved as text: "4.0" is AU4, as the number 4.0 is.
+        return text.split(".")[0] if _WHOLE_NUMBER.fullmatch(text) else text
     if isinstance(cell, bool) or not isinstance(cell, numbers.Real):
         raise _error(cell, f"a cell of type {type(cell).__name__}")
     if isinstance(cell, numbers.Integral):

@@ -1,5 +1,7 @@
 """Prepared clips as arrays: loading, views of fixed samples, temporal sampling and augmentation."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,8 @@ class ClipStore:
         import pyarrow
 
         parts = []
-        for folder in map(Path, folders):
+        self._folders = tuple(map(Path, folders))
+        for folder in self._folders:
             if not (folder / "dataset_info.json").is_file():
                 raise UserError(f"{folder}: no prepared dataset; write one with aullm-dist prepare CORPUS --out DIR")
             try:
@@ -69,6 +72,18 @@ class ClipStore:
         self._rows = {sample.sample_id: row for row, sample in enumerate(self.samples)}
         if len(self._rows) != len(self.samples):
             raise UserError(f"{folders[-1]}: a sample id occurs twice over the given datasets; name each dataset once")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over ids and labels of all clips and over what each preparation says of its input and options."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            digest.update(f"{sample.sample_id} {sorted(sample.aus)}\n".encode())
+        for folder in self._folders:
+            report = folder / "report.json"
+            if report.exists():
+                digest.update(str(json.loads(report.read_text(encoding="utf-8")).get("fingerprint")).encode())
+        return digest.hexdigest()
 
     def view(self, sample_ids: Sequence[str]) -> "ClipView":
         """Return the part of the store that holds `sample_ids`, in that order."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from aullm_dist.config import load
 from aullm_dist.data.protocols import Fold, FoldPlan, read_folds
 from aullm_dist.errors import UserError
 from aullm_dist.evaluation.bootstrap import subject_bootstrap
@@ -14,6 +15,7 @@ from aullm_dist.evaluation.metrics import HEADLINE_THRESHOLD, logit_of, probabil
 from aullm_dist.evaluation.tables import render
 from aullm_dist.evaluation.thresholds import choose_thresholds
 from aullm_dist.files import write_text
+from aullm_dist.training.order import total_steps
 from aullm_dist.training.predictions import (
     Pooled,
     Prediction,
@@ -63,7 +65,7 @@ def evaluate_run(
         "threshold": HEADLINE_THRESHOLD,
         "threshold_policy": "fixed 0.5 on sigmoid(logit)",
         "aus": list(aus),
-        **_describe(plan, files, pooled, epoch),
+        **_describe(plan, files, pooled, epoch, run_dir / "config.yaml"),
         **summarise((pooled.labels, pooled.logits), aus),
         "ci": subject_bootstrap(
             pooled.labels, pooled.logits, predicted, pooled.subjects, aus, resamples=bootstrap, seed=seed
@@ -145,7 +147,22 @@ def _score_inner(
     }
 
 
-def _describe(plan: FoldPlan, files: Mapping[int, PredictionFile], pooled: Pooled, epoch: int | None) -> dict[str, Any]:
+def _unfinished(files: Mapping[int, PredictionFile], plan: FoldPlan, run_config: Path) -> list[str]:
+    """Name the folds whose training had not reached its last step: to stop a run at a good score is to choose by it."""
+    if not run_config.exists():
+        return []
+    training = load(run_config).training
+    notes = []
+    for index, file in sorted(files.items()):
+        last = total_steps(len(plan.folds[index].train), training.epochs, training.global_batch, training.max_steps)
+        if file.step < last:
+            notes.append(f"fold-{index:02d} is unfinished: these are the answers of step {file.step} of {last}")
+    return notes
+
+
+def _describe(
+    plan: FoldPlan, files: Mapping[int, PredictionFile], pooled: Pooled, epoch: int | None, run_config: Path
+) -> dict[str, Any]:
     """Say what was scored, and in words whatever makes it less than the whole run."""
     expected = [fold for fold in plan.folds if fold.test]
     missing = [fold.name for fold in expected if fold.index not in files]
@@ -158,11 +175,14 @@ def _describe(plan: FoldPlan, files: Mapping[int, PredictionFile], pooled: Poole
         longest = max(epochs.values())
         short = [f"fold-{index:02d} (epoch {done})" for index, done in epochs.items() if done < longest]
         notes.append(f"folds ended at different epochs; behind epoch {longest}: {', '.join(short)}")
+    notes += _unfinished(files, plan, run_config)
     if epoch is not None:
         notes.append(f"epoch {epoch} was chosen by hand: report the last epoch, or test labels choose the epoch")
     return {
         "protocol": plan.protocol,
         "corpora": list(plan.corpora),
+        # Which way a cross-domain run goes stands in the name of its one fold.
+        "direction": plan.folds[0].name if plan.protocol == "cross" else None,
         "num_clips": len(pooled.sample_ids),
         "num_subjects": len(set(pooled.subjects)),
         "folds": {"expected": len(expected), "present": len(expected) - len(missing), "missing": missing},

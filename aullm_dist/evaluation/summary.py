@@ -1,14 +1,16 @@
 """What a run prints when it ends: the table, the comparison with its parts taken away, and what to do next."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from aullm_dist.config import Config
 from aullm_dist.evaluation.evaluate import evaluate_run, write_thresholds
-from aullm_dist.evaluation.metrics import mean_of
+from aullm_dist.evaluation.metrics import probability_of, summarise
 from aullm_dist.evaluation.tables import render
+from aullm_dist.training.predictions import find_predictions, pool, read_predictions, zeroed_path
 
 
 def print_summary(run: Path, config: Config) -> None:
@@ -32,15 +34,13 @@ def print_summary(run: Path, config: Config) -> None:
 
 
 def _write_comparison(run: Path, metrics: dict[str, Any]) -> None:
-    """Print the full model beside itself without CT, without IT, and beside the no-LLM baseline."""
+    """Print the full model beside itself without CT, without IT, and beside the no-LLM baseline, all of them pooled."""
     out = sys.stdout.write
-    sensitivities = _sensitivities(run)
-    rows = [("AULLM++" if sensitivities else "led_cnn", metrics["mean"]["f1_macro"], "")]
-    for token, name in (("content", "content token (CT)"), ("instruction", "instruction token (IT)")):
-        if sensitivities and token in sensitivities[0]:
-            change = mean_of([s[token]["mean_abs_change"] for s in sensitivities])
-            score = mean_of([s[token]["f1_macro"] for s in sensitivities])
-            rows.append((f"  with the {name} zeroed", score, f"answers move by {change:.3f} on average"))
+    zeroed = zeroed_scores(run)
+    rows = [("AULLM++" if zeroed else "led_cnn", metrics["mean"]["f1_macro"], "")]
+    for token, (score, change) in zeroed.items():
+        name = {"content": "content token (CT)", "instruction": "instruction token (IT)"}[token]
+        rows.append((f"  with the {name} zeroed", score, f"answers move by {change:.3f} on average"))
     baseline = run / "baseline"
     if (baseline / "folds.json").exists():
         rows.append(("no-LLM baseline (led_cnn)", evaluate_run(baseline)["mean"]["f1_macro"], "same folds and epochs"))
@@ -49,13 +49,28 @@ def _write_comparison(run: Path, metrics: dict[str, Any]) -> None:
         out("Mean f1_macro, in percent\n")
         for name, score, remark in rows:
             out(f"  {name:<40}{100 * score:6.1f}  {remark}".rstrip() + "\n")
-        if len(sensitivities) > 1:
-            out("  (zeroed tokens: mean over folds, not pooled)\n")
         out("\n")
 
 
-def _sensitivities(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("fold-*/sensitivity.json"))]
+def zeroed_scores(run: Path) -> dict[str, tuple[float, float]]:
+    """Return, per soft token, the pooled f1_macro without it and the mean change of the probabilities.
+
+    A token is left out unless every fold that was scored has its answers.
+    """
+    finals = {index: read_predictions(path) for index, path in find_predictions(run).items()}
+    full = pool(row for file in finals.values() for row in file.rows if row.role == "test")
+    scores = {}
+    for token in ("content", "instruction"):
+        paths = [zeroed_path(run, index, token) for index in finals]
+        if not all(path.exists() for path in paths):
+            continue
+        without = pool(row for path in paths for row in read_predictions(path).rows if row.role == "test")
+        if without.sample_ids != full.sample_ids:
+            continue
+        aus = next(iter(finals.values())).aus
+        change = np.abs(probability_of(full.logits) - probability_of(without.logits)).mean()
+        scores[token] = (summarise((without.labels, without.logits), aus)["mean"]["f1_macro"], float(change))
+    return scores
 
 
 def _next_steps(run: Path, config: Config) -> str:

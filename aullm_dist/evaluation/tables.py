@@ -60,8 +60,9 @@ def _describe(metrics: Mapping[str, Any]) -> str:
     folds = metrics["folds"]
     epochs = sorted(set(metrics["epochs"].values()))
     span = f"epoch {epochs[0]}" if len(epochs) == 1 else f"epochs {epochs[0]} to {epochs[-1]}"
+    where = metrics["direction"] or ", ".join(metrics["corpora"])
     return (
-        f"Protocol {metrics['protocol']} on {', '.join(metrics['corpora'])}: {metrics['num_clips']} clips of "
+        f"Protocol {metrics['protocol']} on {where}: {metrics['num_clips']} clips of "
         f"{metrics['num_subjects']} subjects, {folds['present']} of {folds['expected']} folds pooled, {span}; "
         "in percent."
     )

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from aullm_kernels import resolve
 from torch import Tensor, nn
 
+from aullm_dist.errors import UserError
 from aullm_dist.model.graph import AUGraph
 from aullm_dist.model.projector import EvidenceProjector
 from aullm_dist.model.reasoner import Reasoner
@@ -29,6 +31,20 @@ class ModelOutput:
 
     logits: Tensor
     graph_logits: Tensor | None = None
+
+
+def check_kernels(requested: str) -> None:
+    """Refuse an implementation of the kernels that cannot run, before anything is trained.
+
+    Raises:
+        UserError: `requested`, or the environment variable where that is `auto`, names none of this version's.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for op in ("evidence_pool", "graph_attention"):
+        try:
+            resolve(op, requested, device)
+        except ValueError as error:
+            raise UserError(f"kernels: {error}") from error
 
 
 class AULLM(nn.Module):

@@ -158,7 +158,10 @@ def _load_config(source: str, common: dict) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(source, **common)
     except _LIBRARY_ERRORS as error:
         raise _no_model(source, error) from error
-    if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
+    # Code that ships with a checkpoint brings config classes of its own; it runs only where the user allowed it.
+    brings_code = common["trust_remote_code"] and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    known = type(config) in AutoModelForCausalLM._model_mapping and getattr(config, "is_decoder", True) is not False
+    if config.is_encoder_decoder or not (known or brings_code):
         raise UserError(
             f"backbone {source}: model type {config.model_type!r} is no decoder; allowed: a causal language model"
         )
@@ -209,6 +212,12 @@ def _load_files(
 ) -> tuple[object, PreTrainedModel]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
+    except _LIBRARY_ERRORS as error:
+        raise UserError(
+            f"backbone {source}: no usable tokenizer in it; allowed: a folder with tokenizer.json beside config.json "
+            "and weights, or a Hugging Face name"
+        ) from error
+    try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,

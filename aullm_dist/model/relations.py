@@ -49,6 +49,11 @@ class AURelations:
         """`[E]` float32: -1 for antagonists, else 1."""
         return np.where(self.relation == self.names.index("antagonist"), -1.0, 1.0).astype(np.float32)
 
+    def describe(self) -> list[list[int | str | bool]]:
+        """Return each edge as (target AU, source AU, type, in the prior), for checkpoints to compare."""
+        columns = zip(self.target, self.source, self.relation, self.prior_mask, strict=True)
+        return [[self.aus[i], self.aus[j], self.names[kind], bool(prior)] for i, j, kind, prior in columns]
+
     def edge_table(self) -> EdgeTable:
         """Return the edges as `graph_attention` takes them, on the CPU."""
         columns = (torch.from_numpy(column.copy()) for column in (self.target, self.source, self.relation))
@@ -61,7 +66,7 @@ def relation_between(first: int, second: int) -> Relation | None:
     One pair gets one type, the most specific statement about it: a signed row of `facs.RELATION_ROWS` (`co-occur` or
     `antagonist`: someone wrote down this very pair), else `subset` (both belong to one emotion prototype, of which a
     micro-expression shows a subset), else `region` (same part of the face). A weaker statement would only repeat, or
-    contradict, the stronger one: AU1 and AU4 share the prototype of sadness, yet exclude each other in measured labels.
+    contradict, the stronger one: AU1 and AU7 share the prototype of fear, yet are cited as excluding each other.
     """
     for row in RELATION_ROWS:
         if {row.first, row.second} == {first, second}:

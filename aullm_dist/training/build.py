@@ -11,7 +11,7 @@ from torch import nn
 
 from aullm_dist.config import Config
 from aullm_dist.log import get_logger
-from aullm_dist.model.aullm import AULLM, Ablation, LedCnnBaseline
+from aullm_dist.model.aullm import AULLM, Ablation, LedCnnBaseline, check_kernels
 from aullm_dist.model.counterfactual import Chances
 from aullm_dist.model.graph import AUGraph
 from aullm_dist.model.llm import Backbone, embedding_rms, load_backbone, mean_embeddings
@@ -60,6 +60,7 @@ def build_model(config: Config, aus: tuple[int, ...], llm_path: str | Path) -> B
     Raises:
         UserError: the backbone cannot be loaded or the sizes do not fit.
     """
+    check_kernels(config.model.kernels)
     torch.manual_seed(config.training.seed)
     data, model = config.data, config.model
     visual_config = {"aus": list(aus), "num_frames": data.num_frames, "image_size": data.size}
@@ -82,6 +83,8 @@ def build_model(config: Config, aus: tuple[int, ...], llm_path: str | Path) -> B
         "evidence_heads": model.evidence_heads,
         "structure": model.structure,
         "graph": [model.graph_width, model.graph_heads, model.graph_layers] if model.structure else None,
+        # Types and prior are no parameters: without them a changed prior would load as another function in silence.
+        "relations": relations.describe() if relations else None,
     }
     return BuiltModel(
         network,

@@ -92,7 +92,7 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
     except UserError as problem:
         error = str(problem)
     except OSError as problem:
-        error = f"{problem.filename or 'file'}: {problem.strerror or problem}"
+        error = f"{problem.filename or 'file'}: {problem.strerror or problem}; give a readable and writable place"
     errors = gather_object([error]) if accelerator.num_processes > 1 else [error]
     for rank, text in enumerate(errors):
         if text is not None:

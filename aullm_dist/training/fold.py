@@ -22,6 +22,7 @@ from aullm_dist.data.protocols import Fold
 from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.files import write_text
 from aullm_dist.log import all_loggers, get_logger
+from aullm_dist.model.aullm import Ablation
 from aullm_dist.training.batches import Batch, training_loader
 from aullm_dist.training.build import BuiltModel, evaluation_recipe, training_recipe
 from aullm_dist.training.checkpoint import load_checkpoint, save_checkpoint
@@ -30,8 +31,8 @@ from aullm_dist.training.heldout import Answers, HeldOut, Score
 from aullm_dist.training.monitor import Monitor, Throughput, memory_gib
 from aullm_dist.training.objective import Objective
 from aullm_dist.training.optimizer import build_optimizer, schedule, set_learning_rates
-from aullm_dist.training.order import BatchPlan, SampleStream, generator
-from aullm_dist.training.predictions import Prediction, prediction_path, write_predictions
+from aullm_dist.training.order import BatchPlan, SampleStream, generator, total_steps
+from aullm_dist.training.predictions import Prediction, prediction_path, write_predictions, zeroed_path
 from aullm_dist.training.retention import find_newest_valid, rotate
 
 logger = get_logger(__name__)
@@ -99,8 +100,7 @@ class FoldTrainer:
         self.plan = BatchPlan(
             training.global_batch, training.micro_batch, accelerator.num_processes, accelerator.process_index
         )
-        total = math.ceil(training.epochs * len(self.train_view) / training.global_batch)
-        self.total_steps = min(total, training.max_steps or total)
+        self.total_steps = total_steps(len(self.train_view), training.epochs, training.global_batch, training.max_steps)
         self.objective = Objective.from_config(config)
         self.held_out = HeldOut(accelerator, evaluation_recipe(config, built), aus, training.micro_batch)
         self.trainables = [p for p in built.model.parameters() if p.requires_grad]
@@ -203,11 +203,11 @@ class FoldTrainer:
         else:
             self.bad_steps += 1
             if self.accelerator.is_main_process:
-                logger.warning("Step %d: the gradient is not finite; step skipped (%d in a row)", step, self.bad_steps)
+                logger.warning("Step %d: the gradient is not finite; skipped (%d in a row)", step + 1, self.bad_steps)
             if self.bad_steps >= self.config.training.max_bad_steps:
                 raise UserError(
-                    f"fold {self.fold.index}, step {step}: the gradient was not finite in {self.bad_steps} steps in a "
-                    "row; lower training.lr_new and training.lr_lora or use training.precision=fp32"
+                    f"fold {self.fold.index}, step {step + 1}: the gradient was not finite in {self.bad_steps} steps "
+                    "in a row; lower training.lr_new and training.lr_lora or use training.precision=fp32"
                 )
         self.optimizer.zero_grad()
 
@@ -251,10 +251,18 @@ class FoldTrainer:
         if self.soft_tokens:
             sensitivity = self.held_out.sensitivity(shown, self.score)
             on_main(self.accelerator, lambda: self._report_sensitivity(sensitivity, monitor, step))
+            on_main(self.accelerator, lambda: self._write_zeroed(shown, epoch, step))
             short = {"content": "CT", "instruction": "IT"}
             changes = [f"to {short[token]} {sensitivity[token]['mean_abs_change']:.3f}" for token in self.soft_tokens]
             message += f", sensitivity {', '.join(changes)}"
         logger.info(message)
+
+    def _write_zeroed(self, shown: Mapping[Ablation | None, Answers], epoch: int, step: int) -> None:
+        """Keep the answers without each soft token, so that they can be pooled over folds as all others are."""
+        for token in self.soft_tokens:
+            rows = _predictions(shown[token], self.fold.index, self.shown)
+            path = zeroed_path(self.paths.run, self.fold.index, token)
+            write_predictions(path, rows, aus=self.aus, epoch=epoch, step=step)
 
     def _report_sensitivity(self, sensitivity: dict[str, Any], monitor: Monitor, step: int) -> None:
         write_text(self.paths.folder / "sensitivity.json", json.dumps({"step": step, **sensitivity}, indent=2) + "\n")

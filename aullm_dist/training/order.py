@@ -5,6 +5,7 @@ step s takes positions `s * G .. (s + 1) * G - 1` for a global batch of G clips,
 that every step has exactly G clips and nothing depends on how they are spread.
 """
 
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,12 @@ def generator(seed: int, *keys: int | str) -> np.random.Generator:
 @lru_cache(maxsize=4)
 def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     return generator(seed, "order", epoch).permutation(num_samples)
+
+
+def total_steps(num_clips: int, epochs: int, global_batch: int, max_steps: int | None) -> int:
+    """Return the optimizer steps of a fold with `num_clips` training clips."""
+    steps = math.ceil(epochs * num_clips / global_batch)
+    return min(steps, max_steps or steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,11 @@ def prediction_path(run_dir: Path, fold: int, epoch: int) -> Path:
     return run_dir / f"fold-{fold:02d}" / "predictions" / f"epoch-{epoch:04d}.jsonl"
 
 
+def zeroed_path(run_dir: Path, fold: int, token: str) -> Path:
+    """Return `RUN/fold-00/zeroed/content.jsonl`: the last evaluation's answers with all tokens of a kind zeroed."""
+    return run_dir / f"fold-{fold:02d}" / "zeroed" / f"{token}.jsonl"
+
+
 def write_predictions(path: Path, rows: Iterable[Prediction], *, aus: Sequence[int], epoch: int, step: int) -> None:
     """Write one file, whole or not at all.
 

@@ -47,7 +47,7 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
     _report_data(store, plan)
     llm_path = on_main(accelerator, lambda: workspace.backbone_of(config))
     built = together(accelerator, lambda: _build(accelerator, config, plan, llm_path))
-    on_main(accelerator, lambda: workspace.open_run(folder, config, mode, plan))
+    on_main(accelerator, lambda: workspace.open_run(folder, config, mode, plan, store.fingerprint))
     initial = _snapshot(built.model)
     model = accelerator.prepare(built.model)
     for fold in chosen:

@@ -23,6 +23,7 @@ logger = get_logger(__name__)
 Mode = Literal["new", "resume", "replace", "again"]
 CONFIG_FILE = "config.yaml"
 FOLDS_FILE = "folds.json"
+ENVIRONMENT_FILE = "environment.json"
 _MAY_CHANGE = {
     "training.output",
     "training.processes",
@@ -62,25 +63,27 @@ def check_run_folder(config: Config, mode: Mode) -> Path:
     return run
 
 
-def open_run(run: Path, config: Config, mode: Mode, plan: FoldPlan) -> None:
+def open_run(run: Path, config: Config, mode: Mode, plan: FoldPlan, data_fingerprint: str) -> None:
     """Write what defines the run into its folder; called when data and model are known to be there.
 
     Raises:
-        UserError: a resumed run had other folds, because its data changed.
+        UserError: a resumed run was trained on other data: other clips, labels or frames.
     """
-    folds = run / FOLDS_FILE
-    if mode == "resume" and folds.exists() and read_folds(folds) != plan:
-        raise UserError(
-            f"{folds}: the run had other folds, so its data changed; prepare the data as they were or choose another "
-            "folder with training.output="
-        )
+    folds, environment_file = run / FOLDS_FILE, run / ENVIRONMENT_FILE
+    if mode == "resume" and folds.exists() and environment_file.exists():
+        before = json.loads(environment_file.read_text(encoding="utf-8")).get("data_sha256")
+        if read_folds(folds) != plan or before != data_fingerprint:
+            raise UserError(
+                f"{run}: the data changed since the run began (clips, labels, frames or preparation); prepare them as "
+                "they were or choose another folder with training.output="
+            )
     if mode in ("replace", "again"):
         if (run / CONFIG_FILE).exists():
             logger.info("Replacing the earlier run in %s", run)
         remove_results(run)
     run.mkdir(parents=True, exist_ok=True)
     write_folds(folds, plan)
-    write_text(run / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    write_text(environment_file, json.dumps({**environment(), "data_sha256": data_fingerprint}, indent=2) + "\n")
     write_text(run / CONFIG_FILE, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 

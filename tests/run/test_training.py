@@ -11,6 +11,9 @@ from training_runs import checkpoint_tensors, launch, logits, newest_checkpoint,
 
 from aullm_dist.data.prepare import prepare
 from aullm_dist.data.synthetic import SyntheticSpec, write_corpus
+from aullm_dist.evaluation.evaluate import evaluate_run
+from aullm_dist.evaluation.summary import zeroed_scores
+from aullm_dist.training.predictions import find_predictions, zeroed_path
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +151,12 @@ def test_loso_trains_every_fold_from_the_same_start(tiny_dataset, tiny_llm, tmp_
     assert logits(together, 3) == logits(alone, 3)
     metrics = json.loads((together / "metrics.json").read_text())
     assert (metrics["num_clips"], metrics["num_subjects"], metrics["folds"]["present"]) == (24, 6, 6)
+    # Answers without a token are pooled as all others are: copies of the answers themselves must score the same.
+    for index, path in find_predictions(together).items():
+        shutil.copy(path, zeroed_path(together, index, "content"))
+    score, change = zeroed_scores(together)["content"]
+    assert score == pytest.approx(metrics["mean"]["f1_macro"])
+    assert change == 0
 
 
 def test_cross_domain_trains_on_one_corpus_and_tests_on_the_other(tiny_dataset, tiny_llm, tmp_path):
@@ -163,6 +172,8 @@ def test_cross_domain_trains_on_one_corpus_and_tests_on_the_other(tiny_dataset, 
     metrics = json.loads((run / "metrics.json").read_text())
     # The AUs that both corpora code, and every clip of the target corpus.
     assert (metrics["aus"], metrics["num_clips"]) == ([2, 4, 7, 12], 12)
+    assert metrics["direction"] == "casme2->samm"
+    assert "Protocol cross on casme2->samm" in (run / "table.md").read_text()
     (fold,) = json.loads((run / "folds.json").read_text())["folds"]
     assert all(name.startswith("samm/") for name in fold["test"])
     assert all(name.startswith("casme2/") for name in fold["train"] + fold["inner"])
@@ -265,8 +276,37 @@ def test_resume_refuses_data_that_changed(finished, tiny_dataset, tmp_path, caps
     (resumed / "config.yaml").write_text(config)
     other = [f"training.output={resumed}", f'data.train=["{tmp_path}/smaller"]']
     assert train_here(*settings, *other, "--resume", "auto") == 2
-    assert "the run had other folds, so its data changed" in capsys.readouterr().err
+    assert "the data changed since the run began" in capsys.readouterr().err
     assert (resumed / "folds.json").read_bytes() == (run / "folds.json").read_bytes()
+
+
+def test_resume_refuses_frames_that_were_prepared_otherwise(finished, tiny_dataset, tmp_path, capsys):
+    run, settings = finished
+    resumed = tmp_path / "run"
+    shutil.copytree(run, resumed)
+    prepare("casme2", tiny_dataset.parent / "corpus", tmp_path / "other", size=64, crop="center", num_workers=1)
+    config = (resumed / "config.yaml").read_text().replace(str(tiny_dataset), str(tmp_path / "other"))
+    (resumed / "config.yaml").write_text(config)
+    other = [f"training.output={resumed}", f'data.train=["{tmp_path}/other"]']
+    assert train_here(*settings, *other, "--resume", "auto") == 2
+    assert "the data changed since the run began" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_says_so_in_its_table(finished, tmp_path):
+    run, _ = finished
+    stopped = tmp_path / "run"
+    shutil.copytree(run, stopped)
+    assert not any("unfinished" in note for note in evaluate_run(stopped, bootstrap=0)["notes"])
+    sorted((stopped / "fold-00" / "predictions").iterdir())[-1].unlink()
+    notes = evaluate_run(stopped, bootstrap=0)["notes"]
+    assert any("fold-00 is unfinished: these are the answers of step" in note for note in notes)
+
+
+def test_kernels_that_are_not_there_are_refused(tiny_dataset, tiny_llm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AULLM_KERNELS", "triton")
+    assert train_here(*overrides(tiny_dataset, tiny_llm, tmp_path / "run")) == 2
+    assert "AULLM_KERNELS is 'triton'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_line(tiny_dataset, tiny_llm, tmp_path, capsys):
@@ -294,7 +334,7 @@ def test_not_finite_gradients_are_skipped_and_then_stop_the_run(tiny_dataset, ti
     settings = overrides(tiny_dataset, tiny_llm, tmp_path / "run", training__lr_new=1e30, training__max_bad_steps=2)
     assert train_here(*settings) == 2
     message = capsys.readouterr().err
-    assert "step skipped (1 in a row)" in message
+    assert "skipped (1 in a row)" in message
     assert "not finite in 2 steps in a row" in message
 
 

@@ -6,6 +6,8 @@ from aullm_dist.errors import UserError
 
 VECTORS = [
     ("4+R12", {4, 12}),
+    ("4.0", {4}),
+    (" 12.00 ", {12}),
     ("L1+R2", {1, 2}),
     ("14?", {14}),
     ("4+7+A", {4, 7}),

@@ -311,6 +311,8 @@ def _apply_errata(
             setattr(clip, erratum.column, erratum.value)
             shown = "missing" if old is None else repr(old) if erratum.column == "aus" else old
             note("repaired", clip, f"{erratum.column} {shown}: set to {erratum.value} (published correction)")
+        elif old == erratum.value:
+            note("noted", clip, f"{erratum.column} {old}: the published correction is in the sheet already")
         else:
             shown = "missing" if old is None else repr(old)
             text = f"published correction {erratum.column} -> {erratum.value} does not fit the row's {shown}"
@@ -349,6 +351,9 @@ def _shows_defect(spec: CorpusSpec, clip: RawClip, erratum: Erratum) -> bool:
     needed = max([clip.onset, *(published if clip.apex is None else [clip.apex])])
     if value < needed:
         return False
+    # The row bears the published apex, so it is the row that the offset was published for.
+    if clip.apex in published and clip.offset is not None and clip.offset > value:
+        return True
     if clip.offset is None or clip.offset < needed:
         return True
     # An offset that the sheet alone does not give away: its frame is not on disk, the corrected one is.
