@@ -1,4 +1,4 @@
-"""Logging for one process of many: only the main process speaks, and each warning is said once."""
+"""Logging for one process of many: below a warning, only the main process speaks."""
 
 import logging
 import os
@@ -7,7 +7,6 @@ from typing import TextIO
 
 _ROOT = "aullm_dist"
 _KERNELS = "aullm_kernels"
-_said: set[str] = set()
 
 
 class _StderrHandler(logging.StreamHandler):
@@ -46,10 +45,3 @@ def set_up(level: int = logging.INFO) -> None:
             logger.addHandler(handler)
             logger.propagate = False
         logger.setLevel(level if is_main_process() else logging.WARNING)
-
-
-def warn_once(logger: logging.Logger, message: str) -> None:
-    """Log `message` as a warning the first time it is given in this process."""
-    if message not in _said:
-        _said.add(message)
-        logger.warning(message)

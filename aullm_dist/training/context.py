@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
 
 from aullm_dist.config import TrainingConfig
-from aullm_dist.errors import UserError
+from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.log import get_logger
 
 T = TypeVar("T")
@@ -81,22 +81,23 @@ def _threads_per_process() -> int:
 
 
 def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Run `work` on every process; if it is a user's mistake on any of them, all raise the first one's error.
+    """Run `work` on every process; if any fails for a reason that the user can mend, all raise the first error.
 
     Without this the other processes would wait in a collective for one that has already given up. A file that cannot be
-    read or written counts as a user's mistake: a full disk, a removed folder, a missing permission.
+    read or written counts as such a reason: a full disk, a removed folder, a missing permission.
     """
     result, error = None, None
     try:
         result = work()
-    except UserError as problem:
-        error = str(problem)
+    except (UserError, CheckpointError) as problem:
+        error = problem
     except OSError as problem:
-        error = f"{problem.filename or 'file'}: {problem.strerror or problem}; give a readable and writable place"
+        where, why = problem.filename or "file", problem.strerror or problem
+        error = UserError(f"{where}: {why}; give a readable and writable place")
     errors = gather_object([error]) if accelerator.num_processes > 1 else [error]
-    for rank, text in enumerate(errors):
-        if text is not None:
-            raise UserError(text if rank == 0 else f"process {rank}: {text}")
+    for rank, problem in enumerate(errors):
+        if problem is not None:
+            raise problem if rank == 0 else type(problem)(f"process {rank}: {problem}")
     return result  # type: ignore[return-value]
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -19,7 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from aullm_dist.config import Config, to_dict
 from aullm_dist.data.clips import ClipStore
 from aullm_dist.data.protocols import Fold
-from aullm_dist.errors import CheckpointError, UserError
+from aullm_dist.errors import UserError
 from aullm_dist.files import write_text
 from aullm_dist.log import all_loggers, get_logger
 from aullm_dist.model.aullm import Ablation
@@ -279,10 +278,10 @@ class FoldTrainer:
         return prediction_path(self.paths.run, self.fold.index, int(self._epoch(self.total_steps)))
 
     def _save(self, step: int) -> None:
-        """Write a checkpoint; a failure on the main process is raised by all, or the others would wait for ever."""
-        error: CheckpointError | None = None
-        try:
-            save_checkpoint(
+        """Write a checkpoint and let go of the oldest."""
+        together(
+            self.accelerator,
+            lambda: save_checkpoint(
                 self.paths.checkpoints,
                 step,
                 model=self.built.model,
@@ -301,13 +300,8 @@ class FoldTrainer:
                 base=self.built.base,
                 world_size=self.accelerator.num_processes,
                 is_writer=self.accelerator.is_main_process,
-            )
-        except CheckpointError as problem:
-            error = problem
-        if self.accelerator.num_processes > 1:
-            (error,) = broadcast_object_list([error])
-        if error is not None:
-            raise error
+            ),
+        )
         on_main(self.accelerator, lambda: rotate(self.paths.checkpoints, self.config.training.keep_checkpoints))
 
     def _restore(self) -> int:

@@ -74,3 +74,14 @@ def test_an_error_on_one_process_ends_both_with_one_line(tiny_dataset, tiny_llm,
     result = launch(*settings, processes=2)
     assert result.returncode != 0
     assert result.stderr.count("train.py: error:") == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_both_with_one_line(tiny_dataset, tiny_llm, tmp_path):
+    run = tmp_path / "run"
+    (run / "fold-00").mkdir(parents=True)
+    (run / "fold-00" / "checkpoints").write_text("in the way")
+    settings = overrides(tiny_dataset, tiny_llm, run, training__micro_batch=2, training__max_steps=1)
+    result = launch(*settings, "--resume", "auto", processes=2)
+    assert result.returncode != 0
+    assert result.stderr.count("train.py: error: checkpoint") == 1
+    assert "could not be written" in result.stderr
