@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from aullm_dist.config import Config, find_config, load, to_dict
+from aullm_dist.config import Config, find_config, load, load_strategy, to_dict
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +35,9 @@ def run_config(args: argparse.Namespace) -> int:
         sys.stdout.write(describe_settings())
     else:
         config = load(find_config(args.file) if args.file else None, overrides)
+        strategy = load_strategy(config.training.strategy)
+        if strategy.deepspeed is not None:
+            strategy.resolved(config.training, config.training.processes or 1)
         sys.stdout.write(yaml.safe_dump(to_dict(config), sort_keys=False))
     return 0
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aullm_dist import log
-from aullm_dist.config import Config, find_config, load
+from aullm_dist.config import Config, find_config, load, load_strategy
 from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.training.workspace import Mode
 
@@ -47,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
     log.set_up()
     try:
         config = load(find_config(args.config or DEMO), args.overrides)
+        load_strategy(config.training.strategy)
         if args.overrides and not args.config:
             log.get_logger().info("No --config: settings that are not given are those of the demo")
         return _train(config, _mode(args))
@@ -71,8 +72,6 @@ def _mode(args: argparse.Namespace) -> Mode:
 
 def _train(config: Config, mode: Mode) -> int:
     # Imported here, so that --help and a mistake in the configuration answer at once.
-    import torch.distributed
-
     from aullm_dist.evaluation.metrics import summarise
     from aullm_dist.evaluation.summary import print_summary
     from aullm_dist.training import context
@@ -86,10 +85,10 @@ def _train(config: Config, mode: Mode) -> int:
             log.get_logger().info("No-LLM baseline (led_cnn), for comparison")
             run(accelerator, baseline, "resume" if mode == "resume" else "replace", summarise)
         context.on_main(accelerator, lambda: print_summary(folder, config))
+        # A process that leaves early takes down one that still talks.
+        accelerator.wait_for_everyone()
     finally:
-        # Without this gloo may abort at interpreter exit.
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        context.stop()
     return 0
 
 

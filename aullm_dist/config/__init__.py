@@ -3,7 +3,8 @@
 This package imports neither torch nor transformers, so that a login node can check a run file in a blink.
 """
 
-from aullm_dist.config.loader import configs_folder, find_config, from_dict, load, to_dict
+from aullm_dist.config.launcher import refuse_launcher
+from aullm_dist.config.loader import from_dict, load, to_dict
 from aullm_dist.config.schema import (
     Config,
     CounterfactualConfig,
@@ -12,17 +13,23 @@ from aullm_dist.config.schema import (
     MonitorConfig,
     TrainingConfig,
 )
+from aullm_dist.config.shipped import configs_folder, find_config
+from aullm_dist.config.strategy import DDP, Strategy, load_strategy
 
 __all__ = [
+    "DDP",
     "Config",
     "CounterfactualConfig",
     "DataConfig",
     "ModelConfig",
     "MonitorConfig",
+    "Strategy",
     "TrainingConfig",
     "configs_folder",
     "find_config",
     "from_dict",
     "load",
+    "load_strategy",
+    "refuse_launcher",
     "to_dict",
 ]

@@ -128,6 +128,9 @@ class TrainingConfig:
     """Clips per optimizer step over all processes; micro-batch x processes x accumulation."""
     micro_batch: int = 16
     """Clips per forward pass of one process."""
+    strategy: str = "ddp"
+    """How the run is distributed: `ddp` (every process holds everything), `zero1`, `zero2`, `zero3` (a JSON of
+    configs/deepspeed) or the path of a DeepSpeed JSON of your own."""
     processes: int | None = None
     """Processes the run must have; null accepts what the launcher started."""
     cpu_threads: int | None = None

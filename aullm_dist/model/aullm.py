@@ -4,8 +4,7 @@ Shapes: B clips, V views (clips and their counterfactual twins), G structures (a
 content token paired with an instruction token), A action units, E edges, D LLM width.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from aullm_kernels import resolve
@@ -20,9 +19,8 @@ from aullm_dist.model.visual import LedCnn, VisualBackbone
 Ablation = Literal["content", "instruction"]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelOutput:
-    """What one forward pass gives.
+class ModelOutput(NamedTuple):
+    """What one forward pass gives; a tuple, because DeepSpeed finds tensors in tuples but not in our dataclasses.
 
     Attributes:
         logits: `[K, A]` fp32, one row per branch.
@@ -31,6 +29,15 @@ class ModelOutput:
 
     logits: Tensor
     graph_logits: Tensor | None = None
+
+
+def mixed_precision(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Return the autocast region of a forward pass on `device`; None computes in the dtype of the parameters.
+
+    It is part of the model and not of the trainer, so that every engine and an evaluation outside any engine compute
+    the same function.
+    """
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def check_kernels(requested: str) -> None:
@@ -55,14 +62,22 @@ class AULLM(nn.Module):
         projector: MGE-EFP, which makes the content token.
         graph: R-AUGNN, which makes the instruction token; None leaves it out (ablation).
         reasoner: prompt, LLM and read-out.
+        autocast: dtype of mixed precision, None for none.
     """
 
     adapter_prefix = "reasoner.llm"
 
     def __init__(
-        self, visual: VisualBackbone, projector: EvidenceProjector, graph: AUGraph | None, reasoner: Reasoner
+        self,
+        visual: VisualBackbone,
+        projector: EvidenceProjector,
+        graph: AUGraph | None,
+        reasoner: Reasoner,
+        *,
+        autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.autocast = autocast
         self.visual = visual
         self.projector = projector
         self.graph = graph
@@ -89,6 +104,22 @@ class AULLM(nn.Module):
             branches: `[K, 2]` (view, structure) of each branch.
             ablate: replaces all content or all instruction tokens by zeros, to measure what the answer owes to them.
         """
+        with mixed_precision(views.device, self.autocast):
+            return self._answer(views, view_index, edge_mask, branches, ablate)
+
+    def self_check(self) -> float:
+        """Compare packed with padded branches on the real backbone, in the precision of the run."""
+        with mixed_precision(self.reasoner.static_ids.device, self.autocast):
+            return self.reasoner.self_check()
+
+    def _answer(
+        self,
+        views: Tensor,
+        view_index: Tensor,
+        edge_mask: Tensor | None,
+        branches: Tensor,
+        ablate: Ablation | None,
+    ) -> ModelOutput:
         cells, high = self.visual(views)
         content = self.projector(cells, high)
         instruction, graph_logits = None, None
@@ -108,8 +139,9 @@ class LedCnnBaseline(nn.Module):
     adapter_prefix = ""
     graph = None
 
-    def __init__(self, network: LedCnn) -> None:
+    def __init__(self, network: LedCnn, *, autocast: torch.dtype | None = None) -> None:
         super().__init__()
+        self.autocast = autocast
         self.network = network
 
     def peft_model(self) -> None:
@@ -125,4 +157,5 @@ class LedCnnBaseline(nn.Module):
         ablate: Ablation | None = None,
     ) -> ModelOutput:
         """Answer every branch from its view alone; arguments as in `AULLM.forward`."""
-        return ModelOutput(self.network(views)[branches[:, 0]].float())
+        with mixed_precision(views.device, self.autocast):
+            return ModelOutput(self.network(views)[branches[:, 0]].float())

@@ -4,6 +4,7 @@ Everything random about a clip is keyed by (seed, epoch, sample id), never by ra
 clip meets the same cut, augmentation and interventions whatever process draws it.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -231,8 +232,15 @@ def training_loader(
 
 def evaluation_batches(
     view: ClipView, labels: np.ndarray, recipe: ClipRecipe, micro_batch: int, processes: int, rank: int
-) -> Iterator[Batch]:
-    """Yield this process's share of a view, every clip once over all processes, without any random draw."""
+) -> Iterator[tuple[Batch, int]]:
+    """Yield this process's share of a view without any random draw, each batch with how many of its clips count.
+
+    Over all processes every clip counts once. All processes get the same number of batches, because an engine that
+    shards the parameters gathers them in every forward pass; who has run out repeats a clip that does not count.
+    """
     mine = range(rank, len(view), processes)
-    for start in range(0, len(mine), micro_batch):
-        yield collate([make_sample(view, i, labels[i], recipe, epoch=0) for i in mine[start : start + micro_batch]])
+    passes = math.ceil(math.ceil(len(view) / processes) / micro_batch)
+    for start in range(0, passes * micro_batch, micro_batch):
+        chosen = mine[start : start + micro_batch]
+        clips = [make_sample(view, i, labels[i], recipe, epoch=0) for i in chosen or [0]]
+        yield collate(clips), len(chosen)

@@ -66,7 +66,7 @@ def build_model(config: Config, aus: tuple[int, ...], llm_path: str | Path) -> B
     visual_config = {"aus": list(aus), "num_frames": data.num_frames, "image_size": data.size}
     if model.llm == "none":
         network = LedCnn(len(aus), data.num_frames, data.size, dropout=model.dropout)
-        return BuiltModel(LedCnnBaseline(network), {**visual_config, "kind": "led_cnn"})
+        return BuiltModel(LedCnnBaseline(network, autocast=_autocast(config)), {**visual_config, "kind": "led_cnn"})
     backbone = _load_backbone(config, llm_path)
     prompt = build_prompt(aus, backbone.tokenizer, readout=model.readout, use_structure=model.structure)
     logger.info(
@@ -140,7 +140,11 @@ def _assemble(config: Config, backbone: Backbone, prompt: Prompt, relations: AUR
             **common,
         )
     reasoner = Reasoner(backbone, prompt, packing=model.packing, suffixes_per_row=model.suffixes_per_row)
-    return AULLM(visual, projector, graph, reasoner)
+    return AULLM(visual, projector, graph, reasoner, autocast=_autocast(config))
+
+
+def _autocast(config: Config) -> torch.dtype | None:
+    return torch.bfloat16 if config.training.precision == "bf16" else None
 
 
 def training_recipe(config: Config, built: BuiltModel) -> ClipRecipe:

@@ -240,7 +240,7 @@ def _optimizer_problems(
     plan: list[PlannedTensor], tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, step: int
 ) -> list[str]:
     """Every trainable is in one param group, and every parameter that was stepped has all of its entries."""
-    members = Counter(id(param) for group in optimizer.param_groups for param in group["params"])
+    members = Counter(id(param) for param in engine_state.grouped_parameters(optimizer))
     entries = _by_parameter(tensors)
     stepped = {name: set(values) - {"master"} for name, values in entries.items() if len(values) > 1}
     complete = set().union(*stepped.values())

@@ -6,44 +6,48 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
-from aullm_dist.config import TrainingConfig
+from aullm_dist.config import Strategy, TrainingConfig, load_strategy, refuse_launcher
 from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.log import get_logger
+from aullm_dist.training.engine import deepspeed_plugin, is_zero, load_whole
 
 T = TypeVar("T")
 logger = get_logger(__name__)
 
 
 def start(training: TrainingConfig) -> Accelerator:
-    """Create the Accelerator and check that it is what was asked for.
+    """Create the Accelerator with the engine that `training.strategy` names, and check that it is what was asked for.
 
     Raises:
-        UserError: the number of processes is not what the launcher or `training.processes` asked for, or the global
-            batch cannot be split over them.
+        UserError: the launcher contradicts the run file, the number of processes is not what was asked for, or the
+            global batch cannot be split over them.
     """
-    _refuse_lost_processes()
+    strategy = load_strategy(training.strategy)
+    processes = _processes(training)
+    refuse_launcher(strategy, training, os.environ)
     use_cpu = not torch.cuda.is_available()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    per_pass = training.micro_batch * world_size
-    if training.global_batch % per_pass:
-        raise UserError(
-            f"training.global_batch is {training.global_batch}; allowed: a multiple of micro_batch x processes = "
-            f"{training.micro_batch} x {world_size}"
-        )
+    sharded = strategy.deepspeed is not None
     accelerator = Accelerator(
-        cpu=use_cpu,
-        mixed_precision="bf16" if training.precision == "bf16" else "no",
+        # With cpu=True Accelerate forgets the plugin in silence and runs DDP; without it and without a backend, every
+        # process of a CPU machine would train alone.
+        cpu=use_cpu and not sharded,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if use_cpu and sharded else None,
+        # Mixed precision is part of the model, the same in every engine.
+        mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=training.global_batch // per_pass, sync_with_dataloader=False
+            num_steps=training.global_batch // (training.micro_batch * processes), sync_with_dataloader=False
         ),
+        deepspeed_plugin=deepspeed_plugin(strategy, training, processes) if sharded else None,
     )
-    asked = training.processes or world_size
-    if accelerator.num_processes != asked:
+    assert is_zero(accelerator) == sharded, f"{strategy.name} became {accelerator.distributed_type}"
+    if sharded:
+        load_whole()
+    if accelerator.num_processes != processes:
         raise UserError(
-            f"training.processes is {asked}, but the launcher started {accelerator.num_processes}; start the run with "
-            f"torchrun --nproc_per_node {asked} or accelerate launch --multi_gpu --num_processes {asked}"
+            f"the launcher started {processes} processes, but {accelerator.num_processes} found each other; "
+            "check its rendezvous address and port"
         )
     if training.deterministic:
         # cuBLAS needs its workspace fixed before the first matrix product; an operation that has no deterministic form
@@ -53,15 +57,57 @@ def start(training: TrainingConfig) -> Accelerator:
         torch.utils.deterministic.fill_uninitialized_memory = False
     if use_cpu:
         torch.set_num_threads(training.cpu_threads or _threads_per_process())
-    logger.info(
-        "Device: %s, %d process%s, %s, %s",
-        accelerator.device,
-        accelerator.num_processes,
-        "" if accelerator.num_processes == 1 else "es",
-        training.precision,
-        f"{torch.get_num_threads()} threads each" if use_cpu else torch.cuda.get_device_name(accelerator.device),
-    )
+    logger.info("Device: %s", _describe_device(accelerator))
+    logger.info("Engine: %s", _describe_engine(strategy, accelerator.num_processes))
     return accelerator
+
+
+def stop() -> None:
+    """End the process group, if there is one; without it gloo may abort at interpreter exit."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _processes(training: TrainingConfig) -> int:
+    """Return the number of processes that the launcher started, after checking that it is the one that is wanted."""
+    _refuse_lost_processes()
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if training.processes is not None and started != training.processes:
+        raise UserError(
+            f"training.processes is {training.processes}, but the launcher started {started}; start the run with "
+            f"accelerate launch --multi_gpu --num_processes {training.processes}"
+        )
+    per_pass = training.micro_batch * started
+    if training.global_batch % per_pass:
+        raise UserError(
+            f"training.global_batch is {training.global_batch}; allowed: a multiple of micro_batch x processes = "
+            f"{training.micro_batch} x {started}"
+        )
+    return started
+
+
+def _describe_device(accelerator: Accelerator) -> str:
+    device, count = accelerator.device, accelerator.num_processes
+    if device.type == "cuda":
+        what = f"{torch.cuda.get_device_name(device)}, NCCL" if count > 1 else torch.cuda.get_device_name(device)
+    else:
+        threads = torch.get_num_threads()
+        what = f"no GPU found, {threads} thread{'' if threads == 1 else 's'} each" + (", gloo" if count > 1 else "")
+    return f"{device} ({what}); rank {accelerator.process_index} of {count}"
+
+
+def _describe_engine(strategy: Strategy, processes: int) -> str:
+    if strategy.deepspeed is None:
+        what = "DDP: every process holds the whole model" if processes > 1 else "one process, nothing is distributed"
+    else:
+        held = {
+            1: "the optimizer state is",
+            2: "gradients and optimizer state are",
+            3: "parameters, gradients and optimizer state are",
+        }[strategy.stage]
+        what = f"DeepSpeed ZeRO-{strategy.stage}: {held} divided among {processes} process{'es' * (processes > 1)}"
+    where = f" from {strategy.file}" if strategy.file is not None else ""
+    return f"{what} (training.strategy: {strategy.name}{where})"
 
 
 def _refuse_lost_processes() -> None:

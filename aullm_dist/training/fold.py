@@ -26,10 +26,11 @@ from aullm_dist.training.batches import Batch, training_loader
 from aullm_dist.training.build import BuiltModel, evaluation_recipe, training_recipe
 from aullm_dist.training.checkpoint import load_checkpoint, save_checkpoint
 from aullm_dist.training.context import on_main, together
+from aullm_dist.training.engine import clip_gradients
 from aullm_dist.training.heldout import Answers, HeldOut, Score
 from aullm_dist.training.monitor import Monitor, Throughput, memory_gib
 from aullm_dist.training.objective import Objective
-from aullm_dist.training.optimizer import build_optimizer, schedule, set_learning_rates
+from aullm_dist.training.optimizer import schedule, set_learning_rates
 from aullm_dist.training.order import BatchPlan, SampleStream, generator, total_steps
 from aullm_dist.training.predictions import Prediction, prediction_path, write_predictions, zeroed_path
 from aullm_dist.training.retention import find_newest_valid, rotate
@@ -69,7 +70,8 @@ class FoldTrainer:
         accelerator: the run's Accelerator.
         config: the run's configuration.
         built: the model, in its initial state, on the accelerator's device.
-        model: the same model as the Accelerator prepared it.
+        model: the same model as the engine wraps it.
+        optimizer: the engine's optimizer over the model's trainables, with nothing seen yet.
         store: all clips.
         fold: which clips train, choose thresholds and test.
         aus: AU numbers.
@@ -82,12 +84,14 @@ class FoldTrainer:
         config: Config,
         built: BuiltModel,
         model: nn.Module,
+        optimizer: torch.optim.Optimizer,
         store: ClipStore,
         fold: Fold,
         aus: tuple[int, ...],
         score: Score,
     ) -> None:
-        self.accelerator, self.config, self.built, self.model = accelerator, config, built, model
+        self.accelerator, self.config, self.built = accelerator, config, built
+        self.model, self.optimizer = model, optimizer
         self.aus, self.score = aus, score
         self.fold = fold
         self.paths = FoldPaths(Path(config.training.output), fold.index)
@@ -103,7 +107,6 @@ class FoldTrainer:
         self.objective = Objective.from_config(config)
         self.held_out = HeldOut(accelerator, evaluation_recipe(config, built), aus, training.micro_batch)
         self.trainables = [p for p in built.model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(built.model, training)
         self.bad_steps = 0
         # Which held-out clips are shown while training; only `protocol: all` has no test side.
         self.shown = "test" if len(self.test_view) else "inner"
@@ -180,9 +183,9 @@ class FoldTrainer:
             key = generator(training.seed, "dropout", step, micro, accelerator.process_index)
             torch.manual_seed(int(key.integers(2**62)))
             with accelerator.accumulate(self.model):
-                with accelerator.autocast():
-                    output = self.model(batch.views, batch.view_index, batch.edge_mask, batch.branches)
+                output = self.model(batch.views, batch.view_index, batch.edge_mask, batch.branches)
                 loss, components = self.objective(output, batch)
+                # Under ZeRO this also clips and steps; what follows then only reads the norm.
                 accelerator.backward(loss)
                 log.add(components)
                 rate.add(
@@ -190,7 +193,7 @@ class FoldTrainer:
                     self.built.tokens(len(batch.branches)) * accelerator.num_processes,
                 )
                 if accelerator.sync_gradients:
-                    norm = float(accelerator.clip_grad_norm_(self.trainables, training.clip_norm))
+                    norm = clip_gradients(accelerator, self.trainables, training.clip_norm)
                     self._apply(norm, step)
         return norm
 

@@ -59,15 +59,16 @@ class HeldOut:
         batches = evaluation_batches(
             view, labels, self.recipe, self.micro_batch, accelerator.num_processes, accelerator.process_index
         )
-        with torch.no_grad(), accelerator.autocast():
-            for batch in batches:
+        with torch.no_grad():
+            for batch, counted in batches:
                 batch = batch.to(accelerator.device)
                 factual = batch.rows["factual"][0]
                 rows = [
                     plain(batch.views, batch.view_index, batch.edge_mask, batch.branches, ablate).logits[factual]
                     for ablate in variants
                 ]
-                mine += list(zip(batch.sample_ids, torch.stack(rows, dim=1).float().cpu().tolist(), strict=True))
+                answers = torch.stack(rows, dim=1).float().cpu().tolist()
+                mine += list(zip(batch.sample_ids, answers, strict=True))[:counted]
         plain.train(was_training)
         by_id = dict(gather_object(mine))
         assert len(by_id) == len(view), f"{len(by_id)} answers for {len(view)} clips"

@@ -15,11 +15,12 @@ from aullm_dist.facs import AU_NAMES
 from aullm_dist.log import get_logger
 from aullm_dist.model.aullm import AULLM
 from aullm_dist.model.relations import training_statistics
-from aullm_dist.training import workspace
+from aullm_dist.training import engine, engine_state, workspace
 from aullm_dist.training.build import BuiltModel, build_model
 from aullm_dist.training.context import on_main, together
 from aullm_dist.training.fold import FoldTrainer
 from aullm_dist.training.heldout import Score
+from aullm_dist.training.optimizer import build_optimizer
 
 logger = get_logger(__name__)
 
@@ -49,12 +50,14 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
     built = together(accelerator, lambda: _build(accelerator, config, plan, llm_path))
     on_main(accelerator, lambda: workspace.open_run(folder, config, mode, plan, store.fingerprint))
     initial = _snapshot(built.model)
-    model = accelerator.prepare(built.model)
+    model, optimizer = engine.prepare(accelerator, built.model, build_optimizer(built.model, config.training))
     for fold in chosen:
-        _restore(built.model, initial)
-        trainer = FoldTrainer(accelerator, config, built, model, store, fold, plan.aus, score)
+        start = initial
         if config.model.training_statistics and built.relations is not None:
-            _start_from_statistics(built, trainer.train_view.labels(plan.aus))
+            labels = store.view(fold.train).labels(plan.aus)
+            start = {**initial, "graph.edge_strength": _strengths_from_statistics(built, labels)}
+        engine_state.reset(built.model, optimizer, start)
+        trainer = FoldTrainer(accelerator, config, built, model, optimizer, store, fold, plan.aus, score)
         logger.info(
             "Fold %d (%s): %d training, %d inner and %d test clips, %d steps of %d clips",
             fold.index, fold.name, len(fold.train), len(fold.inner), len(fold.test), trainer.total_steps,
@@ -72,8 +75,7 @@ def _build(accelerator: Accelerator, config: Config, plan: FoldPlan, llm_path: s
     built = build_model(config, plan.aus, llm_path)
     built.model.to(accelerator.device)
     if config.model.packing and isinstance(built.model, AULLM):
-        with accelerator.autocast():
-            deviation = built.model.reasoner.self_check()
+        deviation = built.model.self_check()
         logger.info("Packing: differs from the padded forward on this backbone by %.1e (relative)", deviation)
     return built
 
@@ -117,15 +119,6 @@ def _snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
-def _start_from_statistics(built: BuiltModel, training_labels: np.ndarray) -> None:
-    """Start the edge strengths from the co-activations of this fold's training clips; no other label is in reach."""
-    first = training_statistics(built.relations, training_labels)
-    with torch.no_grad():
-        built.model.graph.edge_strength.copy_(torch.from_numpy(first))
-
-
-def _restore(model: nn.Module, initial: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in initial:
-                parameter.copy_(initial[name])
+def _strengths_from_statistics(built: BuiltModel, training_labels: np.ndarray) -> Tensor:
+    """Return edge strengths from the co-activations of this fold's training clips; no other label is in reach."""
+    return torch.from_numpy(training_statistics(built.relations, training_labels))

@@ -27,6 +27,7 @@ ENVIRONMENT_FILE = "environment.json"
 _MAY_CHANGE = {
     "training.output",
     "training.processes",
+    "training.strategy",
     "training.micro_batch",
     "training.cpu_threads",
     "training.keep_checkpoints",

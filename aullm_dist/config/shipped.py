@@ -1,0 +1,30 @@
+"""Where the shipped run files and DeepSpeed configurations are."""
+
+from pathlib import Path
+
+from aullm_dist.errors import UserError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGED_CONFIGS = _PACKAGE / "configs"
+CHECKOUT_CONFIGS = _PACKAGE.parent / "configs"
+
+
+def configs_folder() -> Path:
+    """Return the folder of shipped configurations: inside the installed package, or beside it in a checkout."""
+    return PACKAGED_CONFIGS if PACKAGED_CONFIGS.is_dir() else CHECKOUT_CONFIGS
+
+
+def find_config(name: str) -> Path:
+    """Return the path of a run file given as a path, or as the name of a shipped one (`demo`).
+
+    Raises:
+        UserError: neither the path nor a shipped run file of that name exists.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = configs_folder() / "experiments" / f"{name.removesuffix('.yaml')}.yaml"
+    if shipped.is_file():
+        return shipped
+    known = sorted(p.stem for p in (configs_folder() / "experiments").glob("*.yaml"))
+    raise UserError(f"{name}: no such run file; give the path of a YAML file or one of: {', '.join(known)}")

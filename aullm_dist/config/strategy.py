@@ -1,0 +1,149 @@
+"""The distribution strategy: what `training.strategy` names.
+
+That is `ddp`, the stem of a file in configs/deepspeed, or the path of a DeepSpeed JSON of the user's own. The JSON
+decides how tensors are sharded; batch, clipping and precision come from the run file, and a JSON that sets one of them
+differently is refused instead of winning in silence.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aullm_dist.config.schema import TrainingConfig
+from aullm_dist.config.shipped import configs_folder
+from aullm_dist.errors import UserError
+
+DDP = "ddp"
+_STAGES = (1, 2, 3)
+# What the trainer does itself, so that every engine computes the same function.
+_OURS = {
+    "optimizer": "AdamW and its learning rates are those of the run file",
+    "scheduler": "the schedule is that of the run file",
+}
+_PRECISION_SECTIONS = ("bf16", "fp16", "torch_autocast", "amp")
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """How the run is distributed.
+
+    Attributes:
+        name: as given in the run file.
+        stage: ZeRO stage 1 to 3, or 0 for DDP.
+        deepspeed: the DeepSpeed configuration as it stands in its file; None for DDP.
+        file: where it was read; None for DDP.
+    """
+
+    name: str
+    stage: int = 0
+    deepspeed: Mapping[str, Any] | None = None
+    file: Path | None = None
+
+    def resolved(self, training: TrainingConfig, processes: int) -> dict[str, Any]:
+        """Return the DeepSpeed configuration with every "auto" filled in from the run file.
+
+        Raises:
+            UserError: the JSON sets a value that contradicts the run file.
+        """
+        assert self.deepspeed is not None
+        config = json.loads(json.dumps(self.deepspeed))
+        for key, (value, source) in values_of_run_file(training, processes).items():
+            given = config.get(key, "auto")
+            if given not in ("auto", value):
+                raise UserError(f'{self.file}: {key} is {given!r}, but {source}; allowed: "auto", or leave it out')
+            config[key] = value
+        return config
+
+
+def strategy_names() -> list[str]:
+    """Return the names of the shipped strategies."""
+    return [DDP, *sorted(path.stem for path in (configs_folder() / "deepspeed").glob("*.json"))]
+
+
+def load_strategy(name: str) -> Strategy:
+    """Find and read a strategy.
+
+    Raises:
+        UserError: there is none of that name, or its JSON is not one that this trainer can run.
+    """
+    if name == DDP:
+        return Strategy(DDP)
+    shipped = configs_folder() / "deepspeed" / f"{name}.json"
+    path = shipped if name in strategy_names() else Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"training.strategy is {name!r}; allowed: {', '.join(strategy_names())}, or the path of a DeepSpeed JSON"
+        )
+    content = _read_json(path)
+    zero = content.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if type(stage) is not int or stage not in _STAGES:
+        raise UserError(
+            f"{path}: zero_optimization.stage is {stage!r}; allowed: 1, 2 or 3 (strategy {DDP} shards nothing)"
+        )
+    _refuse_what_is_ours(path, content)
+    return Strategy(name, stage, content, path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f"{path}: key {key!r} is given twice; keep one")
+        return dict(pairs)
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a DeepSpeed JSON") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text; give the path of a DeepSpeed JSON") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds {type(content).__name__}; a DeepSpeed configuration is a JSON object")
+    return content
+
+
+def _refuse_what_is_ours(path: Path, content: Mapping[str, Any]) -> None:
+    for key, why in _OURS.items():
+        if key in content:
+            raise UserError(f"{path}: has a section {key!r}, but {why}; remove it")
+    for key in _PRECISION_SECTIONS:
+        section = content.get(key)
+        if section and not (isinstance(section, dict) and section.get("enabled", True) is False):
+            raise UserError(
+                f"{path}: has a section {key!r}, which would also cast what is trained; remove it: the precision is "
+                "training.precision"
+            )
+    for name in _autos(content):
+        if name not in values_of_run_file(TrainingConfig(), 1):
+            raise UserError(
+                f'{path}: {name} is "auto"; allowed: a value ("auto" is for '
+                f"{', '.join(values_of_run_file(TrainingConfig(), 1))})"
+            )
+
+
+def _autos(content: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the dotted names of the values that are "auto"."""
+    found = []
+    for key, value in content.items():
+        if isinstance(value, dict):
+            found += _autos(value, f"{prefix}{key}.")
+        elif value == "auto":
+            found.append(prefix + key)
+    return found
+
+
+def values_of_run_file(training: TrainingConfig, processes: int) -> dict[str, tuple[float, str]]:
+    """Return, by DeepSpeed's key, what the run file says, and how to name it in a message."""
+    accumulation = training.global_batch // (training.micro_batch * processes)
+    return {
+        "train_batch_size": (training.global_batch, f"training.global_batch is {training.global_batch}"),
+        "train_micro_batch_size_per_gpu": (training.micro_batch, f"training.micro_batch is {training.micro_batch}"),
+        "gradient_accumulation_steps": (accumulation, f"the run file's batches give {accumulation}"),
+        "gradient_clipping": (training.clip_norm, f"training.clip_norm is {training.clip_norm}"),
+    }

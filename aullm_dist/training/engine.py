@@ -1,0 +1,132 @@
+"""The distributed engine of a run: DDP, or DeepSpeed ZeRO through Accelerate.
+
+Whatever the engine, the trainables are float32 and the frozen LLM keeps the dtype it was loaded in. Mixed precision is
+part of the model (`mixed_precision` in `model.aullm`), and DeepSpeed's own casting of parameters stays off: it would
+round what is trained to bfloat16, and does so or not depending on who partitioned the parameters first. With float32
+trainables DeepSpeed also skips a step whose gradient is not finite in every stage, as the plain loop does.
+"""
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, DistributedType
+from torch import nn
+
+from aullm_dist.config import Strategy, TrainingConfig
+from aullm_dist.errors import UserError
+from aullm_dist.log import get_logger
+
+logger = get_logger(__name__)
+
+
+def deepspeed_plugin(strategy: Strategy, training: TrainingConfig, processes: int) -> DeepSpeedPlugin:
+    """Return Accelerate's plugin for a ZeRO strategy, with every "auto" of its JSON filled in.
+
+    Raises:
+        UserError: DeepSpeed is not installed, or refuses the JSON.
+    """
+    config = strategy.resolved(training, processes)
+    _import_deepspeed(strategy)
+    _check_zero_section(strategy, config["zero_optimization"])
+    _stand_alone()
+    return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
+
+
+def load_whole() -> None:
+    """Have transformers load the LLM whole on every process; the engine partitions it when it is prepared.
+
+    Under ZeRO-3 transformers would partition while it loads, whatever Accelerate's zero3_init_flag says, but an
+    unquantised LLM only; then its embeddings, for one, could not be looked at before the engine runs.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
+def _import_deepspeed(strategy: Strategy) -> None:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Its messages below a warning name files and timers; what the user must know is in our own log.
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"training.strategy is {strategy.name}, but DeepSpeed cannot be imported ({error}); install deepspeed or "
+            "use training.strategy=ddp"
+        ) from error
+    from deepspeed.utils import logger as deepspeed_logger
+
+    deepspeed_logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch has begun to replace; users can do nothing about it.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    # On CPU DeepSpeed compiles a shared-memory operation at its first start: half a minute and a C++ compiler for
+    # something that inference alone uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _check_zero_section(strategy: Strategy, section: dict[str, Any]) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{strategy.file}: zero_optimization.{key} is refused by DeepSpeed ({first['msg']})") from error
+
+
+def _stand_alone() -> None:
+    """Tell DeepSpeed of a process group of one when no launcher has made one."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in alone.items()})
+
+
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Hand model and optimizer to the engine, once in a run.
+
+    Returns:
+        The model as the engine wraps it, and the optimizer: ZeRO's behind Accelerate's wrapper, or the given one.
+    """
+    if not is_zero(accelerator):
+        # The optimizer stays plain: Accelerate's wrapper would only add a scaler that float32 does not need.
+        return accelerator.prepare(model), optimizer
+    before = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    wrapped, wrapped_optimizer = accelerator.prepare(model, optimizer)
+    changed = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != before[name]]
+    assert not changed, f"DeepSpeed changed the dtype of {len(changed)} trainables, first {changed[0]}"
+    return wrapped, wrapped_optimizer
+
+
+def clip_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """Scale the gradients of the global batch down to `max_norm` and return their norm before that.
+
+    ZeRO has done both inside `accelerator.backward`; there this only tells the norm, infinity for a skipped step.
+    """
+    if is_zero(accelerator):
+        return float(accelerator.clip_grad_norm_(parameters, max_norm))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    # In float64, as DeepSpeed has it: on CPU torch's float32 norm of half a million values is off by 5e-5.
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm.to(gradients[0].dtype))
+    return norm.item()
+
+
+def is_zero(accelerator: Accelerator) -> bool:
+    """Whether the run's engine is DeepSpeed's."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
