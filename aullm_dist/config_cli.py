@@ -35,9 +35,7 @@ def run_config(args: argparse.Namespace) -> int:
         sys.stdout.write(describe_settings())
     else:
         config = load(find_config(args.file) if args.file else None, overrides)
-        strategy = load_strategy(config.training.strategy)
-        if strategy.deepspeed is not None:
-            strategy.resolved(config.training, config.training.processes or 1)
+        load_strategy(config.training.strategy).resolved(config.training, config.training.processes or 1)
         sys.stdout.write(yaml.safe_dump(to_dict(config), sort_keys=False))
     return 0
 

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume", choices=["auto"], help="continue the run in training.output from its newest checkpoint"
     )
     mode.add_argument("--replace", action="store_true", help="train anew in a run folder that already holds a run")
+    parser.add_argument(
+        "--offline",
+        action="store_true",
+        help="never ask the Hugging Face Hub, as with HF_HUB_OFFLINE=1 (compute nodes)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the run file")
     return parser
 
@@ -45,6 +51,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the main job and return its exit code: 0, or another with one line on stderr for what the user can mend."""
     args = build_parser().parse_intermixed_args(argv)
     log.set_up()
+    if args.offline:
+        # Read by the Hugging Face libraries when they are imported, which has not happened yet.
+        os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         config = load(find_config(args.config or DEMO), args.overrides)
         load_strategy(config.training.strategy)

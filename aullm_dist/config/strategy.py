@@ -41,13 +41,14 @@ class Strategy:
     deepspeed: Mapping[str, Any] | None = None
     file: Path | None = None
 
-    def resolved(self, training: TrainingConfig, processes: int) -> dict[str, Any]:
-        """Return the DeepSpeed configuration with every "auto" filled in from the run file.
+    def resolved(self, training: TrainingConfig, processes: int) -> dict[str, Any] | None:
+        """Return the DeepSpeed configuration with every "auto" filled in from the run file; None for DDP.
 
         Raises:
             UserError: the JSON sets a value that contradicts the run file.
         """
-        assert self.deepspeed is not None
+        if self.deepspeed is None:
+            return None
         config = json.loads(json.dumps(self.deepspeed))
         for key, (value, source) in values_of_run_file(training, processes).items():
             given = config.get(key, "auto")

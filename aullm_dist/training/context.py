@@ -16,6 +16,11 @@ from aullm_dist.training.engine import deepspeed_plugin, is_zero, load_whole
 T = TypeVar("T")
 logger = get_logger(__name__)
 
+_PRECISIONS = {
+    "fp32": "float32 throughout (training.precision: fp32)",
+    "bf16": "forward pass in bfloat16; what is trained, and its optimizer state, in float32 (training.precision: bf16)",
+}
+
 
 def start(training: TrainingConfig) -> Accelerator:
     """Create the Accelerator with the engine that `training.strategy` names, and check that it is what was asked for.
@@ -59,11 +64,12 @@ def start(training: TrainingConfig) -> Accelerator:
         torch.set_num_threads(training.cpu_threads or _threads_per_process())
     logger.info("Device: %s", _describe_device(accelerator))
     logger.info("Engine: %s", _describe_engine(strategy, accelerator.num_processes))
+    logger.info("Precision: %s", _PRECISIONS[training.precision])
     return accelerator
 
 
 def stop() -> None:
-    """End the process group, if there is one; without it gloo may abort at interpreter exit."""
+    """End the process group, if there is one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -112,6 +112,13 @@ def prepare(
     return wrapped, wrapped_optimizer
 
 
+def release(accelerator: Accelerator, model: nn.Module) -> None:
+    """Let go of what `prepare` made: a second run in this process must not find the first one's LLM in memory."""
+    if is_zero(accelerator):
+        model.destroy()
+    accelerator.free_memory()
+
+
 def clip_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
     """Scale the gradients of the global batch down to `max_norm` and return their norm before that.
 

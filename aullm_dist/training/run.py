@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from aullm_dist.config import Config
+from aullm_dist.config import Config, load_strategy
 from aullm_dist.data.clips import ClipStore
 from aullm_dist.data.protocols import FoldPlan, au_vocabulary, make_folds, select_fold
 from aullm_dist.errors import UserError
@@ -48,7 +48,8 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
     _report_data(store, plan)
     llm_path = on_main(accelerator, lambda: workspace.backbone_of(config))
     built = together(accelerator, lambda: _build(accelerator, config, plan, llm_path))
-    on_main(accelerator, lambda: workspace.open_run(folder, config, mode, plan, store.fingerprint))
+    sharding = load_strategy(config.training.strategy).resolved(config.training, accelerator.num_processes)
+    on_main(accelerator, lambda: workspace.open_run(folder, config, mode, plan, store.fingerprint, sharding))
     initial = _snapshot(built.model)
     model, optimizer = engine.prepare(accelerator, built.model, build_optimizer(built.model, config.training))
     for fold in chosen:
@@ -65,8 +66,7 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
         )  # fmt: skip
         trainer.run(resume=mode == "resume")
     accelerator.wait_for_everyone()
-    # Accelerate keeps what it prepared; a second run in this process must not find the first one's LLM in memory.
-    accelerator.free_memory()
+    engine.release(accelerator, model)
     return folder
 
 

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ Mode = Literal["new", "resume", "replace", "again"]
 CONFIG_FILE = "config.yaml"
 FOLDS_FILE = "folds.json"
 ENVIRONMENT_FILE = "environment.json"
+DEEPSPEED_FILE = "deepspeed.json"
 _MAY_CHANGE = {
     "training.output",
     "training.processes",
@@ -64,8 +66,23 @@ def check_run_folder(config: Config, mode: Mode) -> Path:
     return run
 
 
-def open_run(run: Path, config: Config, mode: Mode, plan: FoldPlan, data_fingerprint: str) -> None:
+def open_run(
+    run: Path,
+    config: Config,
+    mode: Mode,
+    plan: FoldPlan,
+    data_fingerprint: str,
+    deepspeed: Mapping[str, Any] | None = None,
+) -> None:
     """Write what defines the run into its folder; called when data and model are known to be there.
+
+    Args:
+        run: the run folder.
+        config: the run's configuration.
+        mode: as in `check_run_folder`.
+        plan: the folds.
+        data_fingerprint: of all clips.
+        deepspeed: the DeepSpeed configuration of the engine, None for DDP.
 
     Raises:
         UserError: a resumed run was trained on other data: other clips, labels or frames.
@@ -85,6 +102,10 @@ def open_run(run: Path, config: Config, mode: Mode, plan: FoldPlan, data_fingerp
     run.mkdir(parents=True, exist_ok=True)
     write_folds(folds, plan)
     write_text(environment_file, json.dumps({**environment(), "data_sha256": data_fingerprint}, indent=2) + "\n")
+    if deepspeed is None:
+        (run / DEEPSPEED_FILE).unlink(missing_ok=True)
+    else:
+        write_text(run / DEEPSPEED_FILE, json.dumps(deepspeed, indent=2) + "\n")
     write_text(run / CONFIG_FILE, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
@@ -93,7 +114,7 @@ def remove_results(run: Path) -> None:
     for path in [*run.glob("fold-*"), run / "tensorboard", run / "baseline"]:
         if path.is_dir():
             shutil.rmtree(path)
-    for pattern in (CONFIG_FILE, FOLDS_FILE, "metrics*.json", "table*.md", "table*.csv"):
+    for pattern in (CONFIG_FILE, FOLDS_FILE, DEEPSPEED_FILE, "metrics*.json", "table*.md", "table*.csv"):
         for path in run.glob(pattern):
             path.unlink()
 
