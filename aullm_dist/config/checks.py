@@ -7,7 +7,7 @@ from aullm_dist.config.schema import Config
 from aullm_dist.errors import UserError
 
 _POSITIVE = (
-    "model.llm_hidden model.llm_layers model.lora_rank model.lora_alpha model.evidence_heads model.graph_width "
+    "model.llm_hidden model.llm_layers model.lora_alpha model.evidence_heads model.graph_width "
     "model.graph_heads model.graph_layers data.synthetic_clips data.synthetic_amplitude training.epochs "
     "training.global_batch training.micro_batch training.lr_lora training.lr_new training.lr_led training.clip_norm "
     "training.max_bad_steps training.evaluate_every_epochs training.keep_checkpoints monitor.log_every_steps"
@@ -47,6 +47,10 @@ def check(config: Config) -> None:
     _require(config, ["model.lora_dropout", "model.dropout"], lambda v: v < 1, "a share below 1")
     _require(config, ["data.inner_fraction"], lambda v: v <= 0.5, "a share between 0 and 0.5")
     _require(config, ["data.cut_fraction"], lambda v: v <= 0.4, "a share between 0 and 0.4")
+    lora_alone = (
+        "1 or more: the LLM is trained through LoRA alone, full fine-tuning is not offered and NF4 cannot take it"
+    )
+    _require(config, ["model.lora_rank"], lambda v: v >= 1, lora_alone)
     _require(config, ["data.num_frames"], lambda v: v >= 4, "4 or more, as the visual backbone needs them")
     _require(config, ["data.folds", "data.synthetic_subjects"], lambda v: v >= 2, "2 or more")
     _require(config, ["data.size"], lambda v: 32 <= v <= 512, "a side of 32 to 512 pixels")
@@ -80,6 +84,8 @@ def _check_model(config: Config) -> None:
         raise UserError("model.training_statistics needs model.structure: true; there is no graph to start")
     if model.llm == "none" and model.readout != "last":
         raise UserError("model.readout is 'per_au' with model.llm: none; allowed: last, as there are no tokens to read")
+    if model.llm == "none" and model.quantization != "none":
+        raise UserError(f"model.quantization is {model.quantization!r} with model.llm: none; allowed: none, or an LLM")
     if not model.lora_targets:
         raise UserError("model.lora_targets is empty; allowed: [all-linear] or names of linear layers such as [q_proj]")
 

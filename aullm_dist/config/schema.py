@@ -21,13 +21,17 @@ class ModelConfig:
     `auto` is `prefix` with packing and `sdpa` without, or `eager` where the backbone has no sdpa (Gemma 2)."""
     trust_remote_code: bool = False
     """Run model code that ships with a checkpoint. Off, because it executes what the publisher wrote."""
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4`: the linear layers of the frozen decoder in 4 bits (bitsandbytes, double quantisation), quantised while
+    loading or taken as stored, and computed in `training.precision`."""
     lora_rank: int = 16
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])
     """Linear layers that get LoRA: `all-linear`, or module names such as `q_proj`."""
-    activation_checkpointing: bool = False
-    """Recompute the decoder's activations in the backward pass: less memory, about a third more time."""
+    activation_checkpointing: Literal["none", "non_reentrant", "reentrant"] = "none"
+    """Recompute the decoder's activations in the backward pass: less memory, about a third more time. Both kinds give
+    the same gradients; `non_reentrant` is PyTorch's recommendation."""
     readout: Literal["last", "per_au"] = "last"
     packing: bool = True
     """One shared-prefix sequence per step (true) or one padded row per branch (false, the reference path)."""

@@ -2,7 +2,7 @@
 
 PEFT wraps the causal LM alone, so the adapter's keys load with stock PEFT onto the plain model. The forward passes go
 to the decoder inside it (`packing.decoder_of`): `lm_head` is never called and no vocabulary logits are ever computed.
-Quantised loading and sharded loading are not here yet.
+What NF4 needs is in `model.quantization`; sharded loading is not here.
 """
 
 import os
@@ -29,7 +29,17 @@ from aullm_dist.model.packing import (
     has_sdpa,
     layer_windows,
 )
+from aullm_dist.model.quantization import (
+    is_stored_in_nf4,
+    misshapen_weights,
+    nf4_config,
+    num_weights,
+    prepare,
+    quantized_modules,
+)
 from aullm_dist.model.quiet import hidden_progress_bars
+
+ACTIVATION_CHECKPOINTING = ("none", "non_reentrant", "reentrant")
 
 _ALL_LINEAR = "all-linear"
 _LIBRARY_ERRORS = (OSError, ValueError, SafetensorError)
@@ -47,6 +57,8 @@ class Backbone:
     config: PretrainedConfig
     hidden_size: int
     """LLM width D."""
+    quantized_modules: tuple[str, ...]
+    """Linear layers that hold NF4 weights, named as on the plain causal LM; empty without quantisation."""
     reasons: dict[str, str]
     """What was decided while loading, and why; for the log."""
 
@@ -62,7 +74,8 @@ def load_backbone(
     lora_alpha: float = 32.0,
     lora_dropout: float = 0.0,
     lora_targets: str | Sequence[str] = _ALL_LINEAR,
-    activation_checkpointing: bool = False,
+    quantization: str = "none",
+    activation_checkpointing: str = "none",
     seed: int = 0,
 ) -> Backbone:
     """Load a decoder with its tokenizer, freeze it and add LoRA in float32.
@@ -71,7 +84,7 @@ def load_backbone(
 
     Args:
         name_or_path: a local folder with config.json, or a Hugging Face name.
-        dtype: dtype of the frozen weights. LoRA parameters are float32 whatever it is.
+        dtype: dtype of the frozen weights, and of NF4's matrix products. LoRA parameters are float32 whatever it is.
         attention: "prefix", "sdpa", "eager", or "auto": prefix when packing, else sdpa, else eager.
         packing: whether packed branches will run on it; then its architecture must have a mask recipe.
         trust_remote_code: run model code that ships with the checkpoint.
@@ -79,19 +92,31 @@ def load_backbone(
         lora_alpha: LoRA scaling is `lora_alpha / lora_rank`.
         lora_dropout: dropout on the input of the LoRA branch.
         lora_targets: "all-linear" (every linear layer of the decoder) or names of linear layers such as "q_proj".
-        activation_checkpointing: recompute each decoder layer in the backward pass (non-reentrant).
+        quantization: "none", or "nf4": the decoder's linear layers in 4 bits, quantised while loading, or as stored.
+        activation_checkpointing: "none", or recompute each decoder layer in the backward pass: "non_reentrant" or
+            "reentrant".
         seed: seed of the LoRA initialisation; the global generator is left as it was.
 
     Raises:
-        UserError: no model there, incomplete weights, an unsupported attention or architecture, unmatched LoRA targets.
+        UserError: no model there, incomplete weights, an unsupported attention, architecture or quantisation, LoRA
+            targets that match nothing or are never called.
     """
+    if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
+        raise UserError(
+            f"backbone: activation_checkpointing is {activation_checkpointing!r}; "
+            f"allowed: {', '.join(ACTIVATION_CHECKPOINTING)}"
+        )
     source, is_local = _resolve(name_or_path)
     common = {"trust_remote_code": trust_remote_code, "local_files_only": is_local}
     config = _load_config(source, common)
+    stored_in_nf4 = is_stored_in_nf4(source, config, quantization)
     implementation, attention_reason = _choose_attention(config, attention, packing)
     started = time.monotonic()
+    options = common | {"attn_implementation": prefix_attention.NAME if implementation == "prefix" else implementation}
+    if quantization == "nf4" and not stored_in_nf4:
+        options["quantization_config"] = nf4_config(dtype)
     with hidden_progress_bars(_hides_progress(source, is_local)):
-        tokenizer, model = _load_files(source, config, dtype, implementation, common)
+        tokenizer, model = _load_files(source, config, dtype, common, options)
     model.requires_grad_(False)
     model.config.use_cache = False
     reasons = {
@@ -100,17 +125,28 @@ def load_backbone(
         "attention": attention_reason,
         "lora": "none (lora_rank is 0)",
     }
+    quantized: tuple[str, ...] = ()
+    if quantization == "nf4":
+        origin = "as stored" if stored_in_nf4 else "quantised while loading"
+        reasons["quantization"] = f"{prepare(model, dtype)} ({origin})"
+        quantized = quantized_modules(model)
     wrapped: nn.Module = model
     if lora_rank > 0:
         targets = _lora_targets(model, lora_targets)
         wrapped = _add_lora(model, targets, lora_rank, lora_alpha, lora_dropout, seed)
         size = _millions(p for p in wrapped.parameters() if p.requires_grad)
         reasons["lora"] = f"rank {lora_rank} on {len(targets)} linear layers, {size} M parameters, float32"
-    if activation_checkpointing:
-        _checkpoint_activations(model)
-        reasons["activation_checkpointing"] = "every decoder layer, non-reentrant"
-    hidden_size = decoder_of(model).config.hidden_size
-    return Backbone(model=wrapped, tokenizer=tokenizer, config=config, hidden_size=hidden_size, reasons=reasons)
+    if activation_checkpointing != "none":
+        _checkpoint_activations(model, reentrant=activation_checkpointing == "reentrant")
+        reasons["activation_checkpointing"] = f"every decoder layer, {activation_checkpointing.replace('_', '-')}"
+    return Backbone(
+        model=wrapped,
+        tokenizer=tokenizer,
+        config=config,
+        hidden_size=decoder_of(model).config.hidden_size,
+        quantized_modules=quantized,
+        reasons=reasons,
+    )
 
 
 @torch.no_grad()
@@ -132,11 +168,15 @@ def embedding_rms(llm: nn.Module) -> float:
 
 @torch.no_grad()
 def mean_embeddings(llm: nn.Module, ids: Sequence[Sequence[int]]) -> Tensor:
-    """Return the mean input embedding of each id sequence, float32 [len(ids), D]; e.g. of `Prompt.name_ids`."""
+    """Return the mean input embedding of each id sequence, float32 [len(ids), D] on the CPU.
+
+    Such sequences are `Prompt.name_ids`.
+    """
     embed = llm.get_input_embeddings()
     flat = torch.tensor([i for row in ids for i in row], device=embed.weight.device)
     rows = embed(flat).float().split([len(row) for row in ids])
-    return torch.stack([row.mean(dim=0) for row in rows])
+    # A quantised LLM may be loaded on a GPU, while what these rows initialise is built on the CPU.
+    return torch.stack([row.mean(dim=0) for row in rows]).cpu()
 
 
 def _resolve(name_or_path: str | os.PathLike) -> tuple[str, bool]:
@@ -208,7 +248,7 @@ def _describe_windows(config: PretrainedConfig) -> str:
 
 
 def _load_files(
-    source: str, config: PretrainedConfig, dtype: torch.dtype, attention: str, common: dict
+    source: str, config: PretrainedConfig, dtype: torch.dtype, common: dict, options: dict
 ) -> tuple[object, PreTrainedModel]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
@@ -222,16 +262,22 @@ def _load_files(
             source,
             config=config,
             dtype=dtype,
-            attn_implementation=prefix_attention.NAME if attention == "prefix" else attention,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **common,
+            **options,
         )
     except _LIBRARY_ERRORS as error:
+        raise _no_model(source, error) from error
+    except RuntimeError as error:
+        # Stored NF4 weights that lack a part; a GPU without memory, say, is no property of the files.
+        if "conversion of the weights" not in str(error):
+            raise
         raise _no_model(source, error) from error
     # The library fills what a file lacks with random numbers and goes on; lm_head alone may lack, it is never called.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("lm_head."))
     mismatched = sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    if getattr(model, "is_loaded_in_4bit", False):
+        mismatched = sorted({*mismatched, *misshapen_weights(model)})
     for what, keys in (("missing in", missing), ("of another shape in", mismatched)):
         if keys:
             raise UserError(
@@ -267,6 +313,11 @@ def _lora_targets(model: PreTrainedModel, wanted: str | Sequence[str]) -> list[s
         return linear
     chosen: set[str] = set()
     for name in names:
+        if name.rpartition(".")[2] == "lm_head":
+            raise UserError(
+                f"LoRA target {name!r}: the vocabulary head is never called, LoRA on it would train nothing; "
+                f"allowed: {_ALL_LINEAR}, or names of the decoder's linear layers"
+            )
         matched = {full for full in linear if full.endswith(f".{name}")}
         if not matched:
             known = ", ".join(sorted({full.rpartition(".")[2] for full in linear}))
@@ -297,11 +348,12 @@ def _add_lora(
     return wrapped
 
 
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    # Only the reentrant kind needs inputs that require grad; the hook costs a gradient of the frozen embeddings.
+def _checkpoint_activations(model: PreTrainedModel, *, reentrant: bool) -> None:
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    # The reentrant kind needs inputs that require grad: the soft tokens bring that, so words need not, frozen as they
+    # are. The hook would cost a gradient of every word.
     model.disable_input_require_grads()
 
 
 def _millions(parameters: Iterable[nn.Parameter]) -> str:
-    return f"{sum(p.numel() for p in parameters) / 1e6:.2f}"
+    return f"{num_weights(parameters) / 1e6:.2f}"

@@ -1,14 +1,15 @@
-"""The one place that switches off a library's own progress bars."""
+"""The one place that switches off what libraries print by themselves: progress bars, and one message at an import."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from transformers.utils import logging as transformers_logging
 
 
 @contextmanager
 def hidden_progress_bars(hide: bool = True) -> Iterator[None]:
     """Hide transformers' progress bars inside the block, if `hide`; a bar that was off before stays off."""
+    from transformers.utils import logging as transformers_logging
+
     hide = hide and transformers_logging.is_progress_bar_enabled()
     if hide:
         transformers_logging.disable_progress_bar()
@@ -17,3 +18,17 @@ def hidden_progress_bars(hide: bool = True) -> Iterator[None]:
     finally:
         if hide:
             transformers_logging.enable_progress_bar()
+
+
+def hide_missing_cpu_kernel() -> None:
+    """Hide bitsandbytes' complaint, at its import, that one kernel for CPUs with AVX512-BF16 is not installed.
+
+    It is for the CPU layout that `model.quantization` switches off, so nothing is lost without it. Importing PEFT
+    imports bitsandbytes, so this must run before either; other messages of the same logger pass.
+    """
+    # One function object: a logger takes the same filter only once.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_about_the_kernel)
+
+
+def _is_not_about_the_kernel(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")

@@ -44,7 +44,7 @@ class Reasoner(nn.Module):
         self.num_aus = len(prompt.aus)
         width = backbone.hidden_size
         if prompt.readout == "per_au":
-            self.au_markers = nn.Parameter(mean_embeddings(self.llm, prompt.name_ids).cpu())
+            self.au_markers = nn.Parameter(mean_embeddings(self.llm, prompt.name_ids))
             self.au_head = nn.Linear(width, 1, bias=False)
             self.au_bias = nn.Parameter(torch.zeros(self.num_aus))
         else:

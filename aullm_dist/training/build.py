@@ -39,6 +39,7 @@ class BuiltModel:
         relations: the AU graph's edges; None without a graph.
         soft_tokens: kinds of soft tokens that the LLM is given.
         tokens: LLM tokens computed for a number of branches.
+        quantized_modules: linear layers of the plain LLM that hold 4-bit weights.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class BuiltModel:
     relations: AURelations | None = None
     soft_tokens: tuple[Ablation, ...] = ()
     tokens: Callable[[int], int] = field(default=lambda branches: 0)
+    quantized_modules: tuple[str, ...] = ()
 
 
 def build_model(config: Config, aus: tuple[int, ...], llm_path: str | Path) -> BuiltModel:
@@ -77,6 +79,8 @@ def build_model(config: Config, aus: tuple[int, ...], llm_path: str | Path) -> B
     model_config = {
         **visual_config,
         "kind": "aullm",
+        # The same LLM in 4 bits is another function, which an adapter trained beside the other does not fit.
+        "quantization": model.quantization,
         "prompt": prompt.text,
         "readout": model.readout,
         "evidence": model.evidence,
@@ -93,6 +97,7 @@ def build_model(config: Config, aus: tuple[int, ...], llm_path: str | Path) -> B
         relations,
         ("content", "instruction") if relations else ("content",),
         network.reasoner.num_tokens,
+        backbone.quantized_modules,
     )
 
 
@@ -108,6 +113,7 @@ def _load_backbone(config: Config, llm_path: str | Path) -> Backbone:
         lora_alpha=model.lora_alpha,
         lora_dropout=model.lora_dropout,
         lora_targets=model.lora_targets[0] if model.lora_targets == ["all-linear"] else model.lora_targets,
+        quantization=model.quantization,
         activation_checkpointing=model.activation_checkpointing,
         seed=config.training.seed,
     )

@@ -301,6 +301,7 @@ class FoldTrainer:
                 config=to_dict(self.config),
                 model_config=self.built.model_config,
                 base=self.built.base,
+                quantized_modules=self.built.quantized_modules,
                 world_size=self.accelerator.num_processes,
                 is_writer=self.accelerator.is_main_process,
             ),

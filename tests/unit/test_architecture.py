@@ -65,6 +65,16 @@ def test_only_the_model_knows_the_kernels():
             assert _room(module) == "model", f"{module} imports aullm_kernels"
 
 
+def test_only_one_module_imports_bitsandbytes():
+    """Its remedies live there; a second door would let a model through without them."""
+    importers = {
+        module
+        for module, path in _modules().items()
+        if any(name.split(".")[0] == "bitsandbytes" for name in _imports(path))
+    }
+    assert importers == {"aullm_dist.model.quantization"}
+
+
 def test_the_kernels_know_nothing_of_us():
     for path in (ROOT / "kernels" / "aullm_kernels").glob("*.py"):
         allowed = {"torch", "aullm_kernels", *sys.stdlib_module_names}

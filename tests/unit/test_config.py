@@ -67,6 +67,10 @@ def test_round_trip_through_plain_dictionaries():
         ("data:\n  protocol: grouped\n  fold: 5\n", ["data.fold is 5", "0 to 4"]),
         ("data:\n  inner_fraction: 0.9\n", ["between 0 and 0.5"]),
         ("model:\n  llm: none\n  readout: per_au\n", ["llm: none"]),
+        ("model:\n  llm: none\n  quantization: nf4\n", ["model.quantization is 'nf4'", "llm: none"]),
+        ("model:\n  quantization: int8\n", ["model.quantization is 'int8'", "none, nf4"]),
+        ("model:\n  activation_checkpointing: true\n", ["activation_checkpointing", "none, non_reentrant, reentrant"]),
+        ("model:\n  lora_rank: 0\n", ["model.lora_rank is 0", "through LoRA alone", "full fine-tuning is not offered"]),
         ("model:\n  structure: false\ncounterfactual:\n  branches: 3\n", ["branches is 3", "0 to 2"]),
         ("model:\n  lora_targets: []\n", ["lora_targets is empty"]),
     ],
@@ -115,7 +119,7 @@ def test_every_numeric_setting_is_range_checked():
         *checks._SEEDS,
         *checks._GAMMAS,
     }
-    checked |= {"data.num_frames", "data.folds", "data.synthetic_subjects", "data.size", "data.fold"}
+    checked |= {"data.num_frames", "data.folds", "data.synthetic_subjects", "data.size", "data.fold", "model.lora_rank"}
     for group in dataclasses.fields(config.Config):
         values = getattr(config.Config(), group.name)
         for field in dataclasses.fields(values):

@@ -71,7 +71,7 @@ def test_lora_seed_decides_the_weights_and_leaves_the_global_generator(tiny):
 
 
 def test_activation_checkpointing_needs_no_gradient_of_the_embeddings(tiny):
-    model = load_backbone(tiny, activation_checkpointing=True).model
+    model = load_backbone(tiny, activation_checkpointing="non_reentrant").model
     layers = decoder_of(model).layers
     assert all(layer.gradient_checkpointing for layer in layers)
     assert not model.get_input_embeddings()(torch.tensor([3])).requires_grad
@@ -137,7 +137,7 @@ def test_damaged_weights_are_refused(tmp_path, tiny):
     [
         ({"attention": "flash_attention_2"}, "attention is 'flash_attention_2'; allowed: auto, prefix, sdpa, eager"),
         ({"lora_targets": ["q_proj", "nope"]}, "LoRA target 'nope': matches no linear layer"),
-        ({"lora_targets": ["lm_head"]}, "LoRA target 'lm_head': matches no linear layer"),
+        ({"lora_targets": ["lm_head"]}, "LoRA target 'lm_head': the vocabulary head is never called"),
         ({"lora_targets": []}, "LoRA targets: none given"),
     ],
 )

@@ -11,9 +11,16 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 
 from aullm_dist.errors import UserError
 from aullm_dist.model import packing, prefix_attention
-from aullm_dist.model.llm import embedding_rms, load_backbone, mean_embeddings
+from aullm_dist.model.llm import (
+    ACTIVATION_CHECKPOINTING,
+    _checkpoint_activations,
+    embedding_rms,
+    load_backbone,
+    mean_embeddings,
+)
 from aullm_dist.model.packing import check_packable, decoder_of, packed_hidden, padded_hidden
 from aullm_dist.model.prompt import build_prompt
+from aullm_dist.model.quantization import QUANTIZATIONS
 from aullm_dist.model.reasoner import Reasoner
 from aullm_dist.model.tiny import build_tiny_backbone
 
@@ -64,27 +71,65 @@ def deviations(got, expected):
 
 @pytest.fixture(scope="module")
 def expected(folders):
-    return {name: answer(make_reasoner(folder, packing=False, attention="eager")) for name, folder in folders.items()}
+    options = {"packing": False, "attention": "eager"}
+    return {
+        (name, quantization): answer(make_reasoner(folder, quantization=quantization, **options))
+        for name, folder in folders.items()
+        for quantization in QUANTIZATIONS
+    }
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize(("name", "attention"), CASES)
-def test_packed_equals_padded(folders, expected, name, attention, checkpointing):
-    reasoner = make_reasoner(folders[name], attention=attention, activation_checkpointing=checkpointing)
-    found = deviations(answer(reasoner), expected[name])
-    assert max(found.values()) <= 2e-5, found
+def test_packed_equals_padded(folders, expected, name, attention, quantization):
+    reasoner = make_reasoner(folders[name], attention=attention, quantization=quantization)
+    # One model for all kinds of checkpointing: loading takes longer than a step.
+    for checkpointing in ACTIVATION_CHECKPOINTING:
+        if checkpointing != "none":
+            _checkpoint_activations(reasoner.llm.get_base_model(), reentrant=checkpointing == "reentrant")
+        reasoner.zero_grad()
+        found = deviations(answer(reasoner), expected[name, quantization])
+        assert max(found.values()) <= 2e-5, (checkpointing, found)
     assert reasoner.self_check() < 1e-5
     assert decoder_of(reasoner.llm).config._attn_implementation.endswith(attention), "the self-check puts it back"
 
 
-@pytest.mark.parametrize(("name", "attention"), CASES)
-def test_bfloat16_passes_the_self_check(folders, name, attention):
-    assert make_reasoner(folders[name], attention=attention, dtype=torch.bfloat16).self_check() < 5e-2
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_four_bits_are_felt(expected, name):
+    assert deviations(expected[name, "nf4"], expected[name, "none"])["hidden"] > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "quantization"),
+    [(*case, "none") for case in CASES] + [(name, "prefix", "nf4") for name in ARCHITECTURES],
+)
+def test_bfloat16_passes_the_self_check(folders, name, attention, quantization):
+    reasoner = make_reasoner(folders[name], attention=attention, dtype=torch.bfloat16, quantization=quantization)
+    assert reasoner.self_check() < 5e-2
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3_window", "gemma2"])
+def test_one_suffix_that_all_see_is_noticed_in_bfloat16(folders, monkeypatch, name, quantization):
+    """The least of the leaks: the others see one suffix of three."""
+    reasoner = make_reasoner(folders[name], attention="eager", dtype=torch.bfloat16, quantization=quantization)
+    split = packing._positions_and_segments
+
+    def first_suffix_seen_by_all(*sizes):
+        positions, segments = split(*sizes)
+        return positions, segments.where(segments != 0, -1)
+
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), monkeypatch.context() as patch:
+            reasoner.self_check()
+            patch.setattr(packing, "_positions_and_segments", first_suffix_seen_by_all)
+            with pytest.raises(UserError, match="other hidden states packed than padded"):
+                reasoner.self_check()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_prefix_attention_runs_padded_rows(folders, expected, name):
-    found = deviations(answer(make_reasoner(folders[name], packing=False, attention="prefix")), expected[name])
+    found = deviations(answer(make_reasoner(folders[name], packing=False, attention="prefix")), expected[name, "none"])
     assert max(found.values()) <= 2e-5, found
 
 
@@ -94,7 +139,7 @@ def test_an_ignored_window_is_noticed(folders, expected, monkeypatch, name, atte
     masks, attend = packing.layer_windows, prefix_attention._suffixes
     monkeypatch.setattr(packing, "layer_windows", lambda config: dict.fromkeys(masks(config)))
     monkeypatch.setattr(prefix_attention, "_suffixes", lambda *a, **given: attend(*a, **(given | {"window": None})))
-    assert deviations(answer(reasoner), expected[name])["hidden"] > 1e-2
+    assert deviations(answer(reasoner), expected[name, "none"])["hidden"] > 1e-2
     with pytest.raises(UserError, match="other hidden states packed than padded"):
         reasoner.self_check()
 

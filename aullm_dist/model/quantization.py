@@ -1,0 +1,227 @@
+"""NF4: a frozen base in 4 bits per weight, and the remedies without which bitsandbytes trains wrongly or wastes memory.
+
+The only module that imports bitsandbytes, and inside functions alone. `prepare` must see every model that holds NF4
+layers, however it was loaded. Sharding a quantised model over processes is not its business.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PretrainedConfig
+
+from aullm_dist.errors import UserError
+
+QUANTIZATIONS = ("none", "nf4")
+_NF4 = "bitsandbytes NF4"
+_STORAGES = ("bfloat16", "uint8")
+_PACKS_FOR_CPU = "support_avx512bf16_for_cpu"
+
+
+def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return what transformers needs to quantise linear layers while it loads them.
+
+    The quantisation constants are quantised in turn: 1/64 instead of 4/64 byte per weight, and every process keeps all
+    of them even where the weights are sharded. Packed weights are stored as bfloat16, a dtype that ZeRO-3 can flatten.
+
+    Args:
+        compute_dtype: dtype of the matrix products.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_storage=torch.bfloat16,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def is_stored_in_nf4(source: str, config: PretrainedConfig, quantization: str) -> bool:
+    """Return whether the files of a backbone hold NF4 weights, checked against what was asked for.
+
+    What its publisher computed in, often float16, is no property of the weights: `prepare` decides that.
+
+    Args:
+        source: the backbone's name, for messages.
+        config: its config.
+        quantization: one of `QUANTIZATIONS`.
+
+    Raises:
+        UserError: an unknown quantisation, files quantised by another method, NF4 that was not asked for, a storage
+            dtype that does not work.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise UserError(f"backbone: quantization is {quantization!r}; allowed: {', '.join(QUANTIZATIONS)}")
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return False
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = _method(stored)
+    if method != _NF4:
+        raise UserError(
+            f"backbone {source}: its files are quantised by {method}; allowed: {_NF4}, or files that are not quantised"
+        )
+    if quantization == "none":
+        raise UserError(f"backbone {source}: its files are quantised by {_NF4}; set model.quantization=nf4")
+    storage = str(stored.get("bnb_4bit_quant_storage") or "uint8")
+    if storage not in _STORAGES:
+        raise UserError(f"backbone {source}: its NF4 weights are stored as {storage}; allowed: {', '.join(_STORAGES)}")
+    return True
+
+
+def _method(stored: dict) -> str:
+    method = stored.get("quant_method") or "bitsandbytes"
+    method = str(getattr(method, "value", method))
+    if not method.startswith("bitsandbytes"):
+        return method
+    if stored.get("load_in_4bit") or stored.get("_load_in_4bit"):
+        return f"bitsandbytes {str(stored.get('bnb_4bit_quant_type', 'fp4')).upper()}"
+    return "bitsandbytes 8-bit"
+
+
+def prepare(model: nn.Module, compute_dtype: torch.dtype) -> str:
+    """Make the NF4 layers of a loaded model fit for training, and describe them for the log.
+
+    Args:
+        model: the causal LM, with at least one NF4 layer.
+        compute_dtype: dtype of the matrix products.
+
+    Raises:
+        UserError: no layer is quantised, or a bitsandbytes in which the remedy for its CPU layout does not take.
+    """
+    layers = [layer for _, layer in _nf4_layers(model)]
+    if not layers:
+        raise UserError("backbone: has no linear layer that NF4 could quantise; set model.quantization=none")
+    for layer in layers:
+        _keep_layout(layer)
+        layer.compute_dtype = compute_dtype
+        # The forward pass dequantises to the dtype of its input, the backward pass to this one: they must agree.
+        layer.weight.quant_state.dtype = compute_dtype
+    save_packed_weights_for_backward()
+    doubled = all(layer.weight.quant_state.nested for layer in layers)
+    storages = sorted({_name(layer.weight.dtype) for layer in layers})
+    return (
+        f"NF4, {'double' if doubled else 'single'} quantisation, {' and '.join(storages)} storage, "
+        f"{len(layers)} linear layers; computed in {_name(compute_dtype)}"
+    )
+
+
+def misshapen_weights(model: nn.Module) -> list[str]:
+    """Return the names of packed weights that do not fit their layer: the library loads those without a word.
+
+    Args:
+        model: the plain causal LM, straight from the library.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    found = []
+    for name, layer in model.named_modules():
+        state = getattr(layer.weight, "quant_state", None) if isinstance(layer, Linear4bit) else None
+        if state is not None:
+            held = 2 * layer.weight.numel() * layer.weight.element_size()
+            count = layer.out_features * layer.in_features
+            fits = tuple(state.shape) == (layer.out_features, layer.in_features) and held == count + count % 2
+            if not fits or state.absmax.numel() != -(-count // state.blocksize):
+                found.append(f"{name}.weight")
+    return found
+
+
+def quantized_modules(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the linear layers that hold NF4 weights, as on the plain causal LM, in model order.
+
+    Args:
+        model: causal LM, wrapped by PEFT or not.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # PEFT puts itself in the place of a layer and keeps that as `base_layer`.
+    return tuple(name.removesuffix(".base_layer") for name, _ in _nf4_layers(causal_lm))
+
+
+def num_weights(parameters: Iterable[nn.Parameter]) -> int:
+    """Return how many weights parameters stand for; a packed one stands for more than it has elements."""
+    states = ((parameter, getattr(parameter, "quant_state", None)) for parameter in parameters)
+    return sum(parameter.numel() if state is None else state.shape.numel() for parameter, state in states)
+
+
+def save_packed_weights_for_backward() -> None:
+    """Let NF4 products keep their packed weight through `save_for_backward`, in this process; again is no change.
+
+    bitsandbytes keeps a view of it as an attribute instead. Under ZeRO-3 that view holds the storage gathered for the
+    forward pass until the backward pass: every process ends up with the whole model, and activation checkpointing
+    cannot help, as attributes bypass the hooks for saved tensors. bitsandbytes issue 2034 and pull request 2035 are
+    about this; `test_upstream_still_keeps_packed_weights_alive` says when it is mended.
+    """
+    import bitsandbytes
+
+    upstream = bitsandbytes.matmul_4bit
+    if getattr(upstream, "_aullm_saves_weights", False):
+        return
+
+    # Linear4bit looks this function up in the package each time it is called.
+    @functools.wraps(upstream)
+    def matmul_4bit(A: Tensor, B: Tensor, quant_state, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:  # noqa: N803
+        ours = (
+            torch.is_grad_enabled()
+            and A.requires_grad
+            and A.numel() > 0
+            and A.shape[-1] == quant_state.shape[1]
+            and out is None
+            and (bias is None or not bias.requires_grad)
+        )
+        if ours:
+            return _PackedProduct.apply(A, B, bias, quant_state, upstream)
+        return upstream(A, B, quant_state, out=out, bias=bias)
+
+    matmul_4bit._aullm_saves_weights = True
+    bitsandbytes.matmul_4bit = matmul_4bit
+
+
+class _PackedProduct(torch.autograd.Function):
+    """`x @ dequantised.T + bias` with a gradient for x alone: bitsandbytes' own function, but for what it keeps."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, packed: Tensor, bias: Tensor | None, quant_state, product) -> Tensor:
+        ctx.save_for_backward(packed)
+        ctx.quant_state = quant_state
+        # Gradients are off in here, so upstream keeps nothing.
+        return product(x, packed, quant_state, bias=bias)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        from bitsandbytes.functional import dequantize_4bit
+
+        (packed,) = ctx.saved_tensors
+        weight = dequantize_4bit(packed.view(-1, 1), ctx.quant_state).to(gradient.dtype)
+        return gradient @ weight, None, None, None, None
+
+
+def _keep_layout(layer: nn.Module) -> None:
+    """Forbid a layer to repack its weight.
+
+    On CPUs with AVX512-BF16, one forward pass without gradients in eval mode repacks the weight in place, rounds its
+    constants, and sends later training passes through a product that has no gradient: after the first evaluation
+    nothing is learnt any more, in silence. See also bitsandbytes issue 2078, moving a repacked weight to a GPU.
+    """
+    if not hasattr(layer, _PACKS_FOR_CPU):
+        raise UserError(
+            f"bitsandbytes {version('bitsandbytes')}: Linear4bit has no {_PACKS_FOR_CPU}, without which evaluations "
+            "can spoil training on CPUs; allowed: a version that this project was tested with (constraints.txt)"
+        )
+    setattr(layer, _PACKS_FOR_CPU, False)
+
+
+def _nf4_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            state = module.weight.quant_state
+            assert state is not None, f"{name}: a 4-bit layer whose weight is not quantised"
+            assert state.quant_type == "nf4", f"{name}: quantised to {state.quant_type}"
+            yield name, module
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
