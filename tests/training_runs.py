@@ -52,15 +52,30 @@ def train_here(*arguments: str) -> int:
     return main(list(arguments))
 
 
-def launch(*arguments: str, processes: int = 1, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Start the main job as a user would, through `accelerate launch`."""
+def launch(
+    *arguments: str,
+    processes: int = 1,
+    launcher: tuple[str, ...] = (),
+    script: Path = TRAIN,
+    environment: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Start the main job, or a script around it, as a user would: through `accelerate launch`."""
     several = ["--multi_gpu", f"--main_process_port={free_port()}"] if processes > 1 else []
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", f"--num_processes={processes}"]
     command += [*several, "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", *launcher]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     return subprocess.run(
-        [*command, str(TRAIN), *arguments], capture_output=True, text=True, timeout=500, env=environment, check=False
+        [*command, str(script), *arguments], capture_output=True, text=True, timeout=500, env=variables, check=False
     )
+
+
+def partition_everything(folder: Path, **sections: object) -> Path:
+    """Write the shipped zero3.json with no parameter too small to be partitioned, as a strategy of the user's own."""
+    content = json.loads((ROOT / "configs" / "deepspeed" / "zero3.json").read_text())
+    content["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path = folder / "zero3_all.json"
+    path.write_text(json.dumps(content | sections))
+    return path
 
 
 def free_port() -> int:

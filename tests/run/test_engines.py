@@ -1,0 +1,204 @@
+"""Every engine, started as a user would, trains the same function and writes the same checkpoint."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from training_runs import (
+    checkpoint_tensors,
+    launch,
+    logits,
+    newest_checkpoint,
+    overrides,
+    partition_everything,
+    scalars,
+)
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.launch
+
+STEPS = 10
+# Micro-batch of each engine's two processes: some accumulate, some do not, and the step is the same.
+MICRO_BATCH = {"ddp": 4, "zero1": 4, "zero2": 2, "zero3": 4, "zero3_all": 2}
+ENGINES = tuple(MICRO_BATCH)
+PRECISIONS = {
+    "fp32": {},
+    "bf16": {"training__precision": "bf16"},
+    "nf4": {"model__quantization": "nf4", "training__precision": "bf16"},
+    "nf4_fp32": {"model__quantization": "nf4"},
+}
+# Relative, of loss and gradient norm. In bfloat16 another order of sums is another rounding, and ZeRO-3 adds the bias of
+# a float32 layer after rounding the product instead of before; ten steps of Adam make a few percent of that.
+FLOAT32, BFLOAT16 = (1e-5, 1e-5), (0.02, 0.15)
+
+
+@dataclass
+class Trained:
+    """A finished run."""
+
+    folder: Path
+    settings: list[str]
+    stderr: str
+
+    @property
+    def curve(self) -> tuple[list[float], list[float]]:
+        return scalars(self.folder, "loss/loss"), scalars(self.folder, "train/grad_norm")
+
+
+@pytest.fixture(scope="module")
+def train(tiny_dataset, tiny_llm, tmp_path_factory):
+    """Return a function that trains ten steps on an engine, once for each combination asked for."""
+    own = partition_everything(tmp_path_factory.mktemp("strategies"))
+    done: dict[tuple, Trained] = {}
+
+    def run(engine: str, precision: str = "fp32", processes: int = 2, **changes: object) -> Trained:
+        key = (engine, precision, processes, *sorted(changes.items()))
+        if key not in done:
+            folder = tmp_path_factory.mktemp(engine) / "run"
+            common = {
+                "training__strategy": own if engine == "zero3_all" else engine,
+                "training__global_batch": 8,
+                "training__micro_batch": MICRO_BATCH[engine] if processes == 2 else 8,
+                "training__processes": processes,
+                "training__epochs": 99,
+                "training__max_steps": STEPS,
+                "training__evaluate_every_epochs": 99,
+                "training__save_every_steps": 5,
+                "training__keep_checkpoints": 9,
+                "model__dropout": 0.0,
+            }
+            settings = overrides(tiny_dataset, tiny_llm, folder, **common | PRECISIONS[precision] | changes)
+            result = launch(*settings, processes=processes)
+            assert result.returncode == 0, result.stderr
+            done[key] = Trained(folder, settings, result.stderr)
+        return done[key]
+
+    return run
+
+
+def agree(first: Trained, second: Trained, tolerances: tuple[float, float]) -> None:
+    for expected, found, tolerance in zip(first.curve, second.curve, tolerances, strict=True):
+        assert len(found) == STEPS
+        assert found == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_what_one_trains(train, engine):
+    agree(train("ddp", processes=1), train(engine), FLOAT32)
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3_all"])
+def test_nf4_in_float32_is_the_same_in_every_engine(train, engine):
+    agree(train("ddp", "nf4_fp32"), train(engine, "nf4_fp32"), FLOAT32)
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+@pytest.mark.parametrize("precision", ["bf16", "nf4"])
+def test_bfloat16_agrees_to_its_rounding(train, engine, precision):
+    agree(train("ddp", precision), train(engine, precision), BFLOAT16)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3_all"])
+def test_packed_and_padded_agree(train, engine):
+    agree(train(engine), train(engine, model__packing=False), FLOAT32)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_log_says_what_runs_and_why(train, engine):
+    log = train(engine).stderr
+    described = "DDP" if engine == "ddp" else f"DeepSpeed ZeRO-{engine[4]}"
+    assert f"Engine: {described}" in log
+    assert "training.strategy: " in log
+    for line in ("Device: ", "Precision: float32 throughout", "Attention: prefix (auto", "rank 0 of 2"):
+        assert line in log
+    for noise in ("Warning", "WARNING", "Traceback"):
+        assert noise not in log
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_every_engine_writes_the_same_checkpoint(train, engine):
+    expected, found = (newest_checkpoint(train(name).folder) for name in ("ddp", engine))
+    assert {path.name for path in expected.iterdir()} == {path.name for path in found.iterdir()}
+    tensors, others = checkpoint_tensors(expected), checkpoint_tensors(found)
+    described = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    assert described == {name: (tensor.shape, tensor.dtype) for name, tensor in others.items()}
+    for name, tensor in tensors.items():
+        # A gradient near 0 may have another sign, and Adam makes whole steps of it.
+        assert (tensor - others[name]).abs().max() <= 0.02 * max(1.0, tensor.abs().max().item()), name
+
+
+@pytest.mark.parametrize(("engine", "precision"), [("zero1", "fp32"), ("zero2", "fp32"), ("zero3_all", "nf4")])
+def test_resume_is_bit_identical(train, tmp_path, engine, precision):
+    """From step 5 of 10: inside an epoch, and for two of the three with two micro-batches per step."""
+    whole = train(engine, precision)
+    resumed = tmp_path / "run"
+    shutil.copytree(whole.folder, resumed)
+    shutil.rmtree(newest_checkpoint(resumed))
+    shutil.rmtree(resumed / "fold-00" / "predictions")
+    assert newest_checkpoint(resumed).name == "step-00000005"
+    result = launch(*whole.settings, f"training.output={resumed}", "--resume", "auto", processes=2)
+    assert result.returncode == 0, result.stderr
+    expected, found = (checkpoint_tensors(newest_checkpoint(folder)) for folder in (whole.folder, resumed))
+    assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
+    assert logits(whole.folder) == logits(resumed)
+
+
+@pytest.mark.parametrize(("engine", "precision"), [("zero3_all", "nf4"), ("ddp", "nf4")])
+def test_training_goes_on_unchanged_after_an_evaluation(train, engine, precision):
+    seldom = train(engine, precision)
+    often = train(engine, precision, training__evaluate_every_epochs=1)
+    assert len(list((often.folder / "fold-00" / "predictions").iterdir())) > 3
+    assert often.curve == seldom.curve
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_held_out_clip_is_answered_once_and_alike(train, engine):
+    expected, found = logits(train("ddp", processes=1).folder), logits(train(engine).folder)
+    assert len(found) == 12
+    assert found.keys() == expected.keys()
+    for sample_id, row in found.items():
+        assert row == pytest.approx(expected[sample_id], rel=1e-2, abs=1e-2)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_adapter_loads_with_stock_peft(train, tiny_llm, engine):
+    folder = newest_checkpoint(train(engine).folder)
+    reference = newest_checkpoint(train("ddp").folder)
+    ids = torch.arange(24)[None]
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llm)
+    with torch.no_grad():
+        without = plain(ids).logits
+        answers = [PeftModel.from_pretrained(plain, path).eval()(ids).logits for path in (folder,)]
+        plain = AutoModelForCausalLM.from_pretrained(tiny_llm)
+        answers += [PeftModel.from_pretrained(plain, reference).eval()(ids).logits]
+    assert (answers[0] - without).abs().max() > 1e-3, "the adapter changes nothing"
+    assert torch.allclose(answers[0], answers[1], atol=1e-3)
+
+
+def test_folds_start_from_the_same_state(train):
+    """The engine is made once; each fold finds trainables and optimizer as if nothing had been trained before."""
+    changes = {"training__max_steps": 3, "training__save_every_steps": 3}
+    together = train("zero3_all", data__fold=None, training__baseline=True, **changes)
+    alone = train("zero3_all", data__fold=1, **changes)
+    expected, found = (checkpoint_tensors(newest_checkpoint(run.folder, fold=1)) for run in (alone, together))
+    assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
+    assert json.loads((together.folder / "baseline" / "metrics.json").read_text())["num_clips"] == 24
+
+
+def test_a_resume_may_change_the_engine(train, tmp_path):
+    before = train("zero2")
+    resumed = tmp_path / "run"
+    shutil.copytree(before.folder, resumed)
+    shutil.rmtree(newest_checkpoint(resumed))
+    shutil.rmtree(resumed / "fold-00" / "predictions")
+    changes = [f"training.output={resumed}", "training.strategy=zero3"]
+    result = launch(*before.settings, *changes, "--resume", "auto", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((resumed / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 3
+    expected, found = logits(before.folder), logits(resumed)
+    for sample_id, row in found.items():
+        assert row == pytest.approx(expected[sample_id], rel=1e-2, abs=1e-2)
