@@ -4,6 +4,7 @@ import argparse
 import copy
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.training.workspace import Mode
 
 DEMO = "demo"
+# How long a process leaves the last word to the main process: the first of a machine that the main process may not be
+# on, and the others, which the launcher ends with the first.
+_GRACE_SECONDS = {True: 5, False: 60}
 
 _EPILOG = """\
 Without arguments the embedded demo runs: a synthetic corpus, a tiny backbone, nothing downloaded.
@@ -61,13 +65,25 @@ def main(argv: Sequence[str]) -> int:
             log.get_logger().info("No --config: settings that are not given are those of the demo")
         return _train(config, _mode(args))
     except (UserError, CheckpointError) as error:
-        if log.is_main_process():
-            sys.stderr.write(f"train.py: error: {error}\n")
+        _report(error)
         return error.EXIT_CODE
     except KeyboardInterrupt:
         if log.is_main_process():
             sys.stderr.write("train.py: interrupted; --resume auto continues from the newest checkpoint\n")
         return 130
+
+
+def _report(error: Exception) -> None:
+    """Write the line that ends the run; the main process does, unless it has nothing to say.
+
+    A launcher ends all processes of a machine when one of them ends. So the others wait for that, or an early one would
+    take the main process down before it has spoken.
+    """
+    who = ""
+    if not log.is_main_process():
+        time.sleep(_GRACE_SECONDS[os.environ.get("LOCAL_RANK") == "0"])
+        who = f"process {os.environ['RANK']}: "
+    sys.stderr.write(f"train.py: error: {who}{error}\n")
 
 
 def _mode(args: argparse.Namespace) -> Mode:

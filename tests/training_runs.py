@@ -60,7 +60,9 @@ def launch(
     environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Start the main job, or a script around it, as a user would: through `accelerate launch`."""
-    several = ["--multi_gpu", f"--main_process_port={free_port()}"] if processes > 1 else []
+    several = [f"--main_process_port={free_port()}"] if processes > 1 else []
+    if processes > 1 and "--use_deepspeed" not in launcher:
+        several.append("--multi_gpu")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", f"--num_processes={processes}"]
     command += [*several, "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", *launcher]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
@@ -69,12 +71,13 @@ def launch(
     )
 
 
-def partition_everything(folder: Path, **sections: object) -> Path:
-    """Write the shipped zero3.json with no parameter too small to be partitioned, as a strategy of the user's own."""
+def partition_everything(folder: Path) -> Path:
+    """Write a strategy of the user's own: zero3.json, but no parameter stays whole for being small or soon needed."""
     content = json.loads((ROOT / "configs" / "deepspeed" / "zero3.json").read_text())
-    content["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    for key in ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"):
+        content["zero_optimization"][key] = 0
     path = folder / "zero3_all.json"
-    path.write_text(json.dumps(content | sections))
+    path.write_text(json.dumps(content))
     return path
 
 

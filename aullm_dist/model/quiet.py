@@ -1,6 +1,7 @@
-"""The one place that switches off what libraries print by themselves: progress bars, and one message at an import."""
+"""The one place that switches off what libraries print by themselves: progress bars, and messages at an import."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,3 +33,14 @@ def hide_missing_cpu_kernel() -> None:
 
 def _is_not_about_the_kernel(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
+
+
+def name_deepspeed_accelerator() -> None:
+    """Tell DeepSpeed that there is no GPU, where there is none; otherwise it finds out with a warning at its import.
+
+    transformers imports DeepSpeed to save a model, so this is wanted without any engine of it.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -11,6 +11,7 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs,
 from aullm_dist.config import Strategy, TrainingConfig, load_strategy, refuse_launcher
 from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.log import get_logger
+from aullm_dist.model.quiet import name_deepspeed_accelerator
 from aullm_dist.training.engine import deepspeed_plugin, is_zero, load_whole
 
 T = TypeVar("T")
@@ -32,6 +33,7 @@ def start(training: TrainingConfig) -> Accelerator:
     strategy = load_strategy(training.strategy)
     processes = _processes(training)
     refuse_launcher(strategy, training, os.environ)
+    name_deepspeed_accelerator()
     use_cpu = not torch.cuda.is_available()
     sharded = strategy.deepspeed is not None
     accelerator = Accelerator(

@@ -50,8 +50,6 @@ def load_whole() -> None:
 
 
 def _import_deepspeed(strategy: Strategy) -> None:
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Its messages below a warning name files and timers; what the user must know is in our own log.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:

@@ -31,8 +31,8 @@ PRECISIONS = {
     "nf4": {"model__quantization": "nf4", "training__precision": "bf16"},
     "nf4_fp32": {"model__quantization": "nf4"},
 }
-# Relative, of loss and gradient norm. In bfloat16 another order of sums is another rounding, and ZeRO-3 adds the bias of
-# a float32 layer after rounding the product instead of before; ten steps of Adam make a few percent of that.
+# Relative, of loss and gradient norm. In bfloat16 another order of sums is another rounding, and ZeRO-3 adds the bias
+# of a float32 layer after rounding the product instead of before; ten steps of Adam make a few percent of that.
 FLOAT32, BFLOAT16 = (1e-5, 1e-5), (0.02, 0.15)
 
 

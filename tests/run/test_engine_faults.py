@@ -1,0 +1,117 @@
+"""What engines must not do, and what users must not ask of them: one line from one process, and all processes end."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_runs import TRAIN, free_port, launch, newest_checkpoint, overrides, partition_everything, scalars
+
+from aullm_dist.model.tiny import build_tiny_backbone
+
+pytestmark = pytest.mark.launch
+
+PROBE = Path(__file__).with_name("engine_probe.py")
+
+
+def short(dataset, llm, run, **changes) -> list[str]:
+    common = {
+        "training__global_batch": 8,
+        "training__micro_batch": 4,
+        "training__epochs": 99,
+        "training__max_steps": 2,
+        "training__evaluate_every_epochs": 99,
+        "training__save_every_steps": 1,
+        "model__dropout": 0.0,
+    }
+    return overrides(dataset, llm, run, **common | changes)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_save_neither_gathers_nor_writes_the_frozen_base(tiny_dataset, tmp_path, quantization):
+    llm = build_tiny_backbone(tmp_path / "llama", hidden=256, layers=8, heads=4)
+    strategy = partition_everything(tmp_path)
+    settings = short(
+        tiny_dataset, llm, tmp_path / "run", training__strategy=strategy, model__quantization=quantization,
+    )  # fmt: skip
+    result = launch(*settings, processes=2, script=PROBE, environment={"PROBE_FOLDER": str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    facts = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    values, frozen = facts[0]["trainable_values"], facts[0]["frozen_bytes"]
+    needed = 4 * 4 * values  # value, fp32 copy and AdamW's two moments of each trainable
+    assert frozen > 0.03 * needed, "too small a base for what follows to tell anything"
+    for fact in facts:
+        assert len(fact["gathered_by_saves"]) == 2
+        for gathered in fact["gathered_by_saves"]:
+            assert needed <= gathered < 1.01 * needed
+        assert fact["frozen_bytes_here"] < 0.51 * frozen, "the base is not partitioned"
+        assert fact["trainable_dtypes"] == ["torch.float32"]
+        assert fact["destroyed"]
+    folder = newest_checkpoint(tmp_path / "run")
+    written = sum(path.stat().st_size for path in folder.iterdir() if path.suffix == ".safetensors")
+    assert needed < written < 1.01 * needed
+
+
+@pytest.mark.parametrize(
+    ("changes", "launcher", "message"),
+    [
+        ({"training__strategy": "ddp"}, ("--use_deepspeed",), "--use_deepspeed, but training.strategy is ddp"),
+        ({"training__strategy": "zero3"}, ("--use_deepspeed", "--zero_stage=2"), "--zero_stage 2, but training.strat"),
+        ({"training__processes": 4, "training__micro_batch": 2}, (), "training.processes is 4, but the launcher"),
+        ({"training__strategy": "zero3", "model__lora_targets": "[no_proj]"}, (), "'no_proj': matches no linear"),
+        ({"training__strategy": "zero3", "model__lora_targets": "[lm_head]"}, (), "the vocabulary head is never"),
+        ({"model__quantization": "nf4", "model__lora_rank": 0}, (), "full fine-tuning is not offered"),
+        ({"training__strategy": "zero2", "model__attention": "flash_attention_2"}, (), "allowed: auto, prefix, sdpa"),
+    ],
+)
+def test_a_mistake_ends_both_processes_with_one_line(tiny_dataset, tiny_llm, tmp_path, changes, launcher, message):
+    run = tmp_path / "run"
+    settings = short(tiny_dataset, tiny_llm, run, **changes)
+    result = launch(*settings, processes=2, launcher=launcher)
+    assert result.returncode != 0
+    errors = re.findall(r"^train\.py: error: .*$", result.stderr, re.MULTILINE)
+    assert len(errors) == 1, result.stderr
+    assert message in errors[0]
+    # Ours ended by themselves or were ended by the launcher, which has a traceback of its own; none of ours crashed.
+    ends = re.findall(r"exitcode\s*: (-?\d+) \(pid", result.stderr)
+    assert "2" in ends
+    assert set(ends) <= {"2", "-15"}
+    assert "aullm_dist/training" not in result.stderr
+    assert not (run / "config.yaml").exists()
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_then_ends_the_run(tiny_dataset, tiny_llm, tmp_path):
+    settings = short(
+        tiny_dataset, tiny_llm, tmp_path / "run", training__strategy="zero2", training__lr_new=1e30,
+        training__max_bad_steps=2, training__max_steps=9, training__save_every_steps=None,
+    )  # fmt: skip
+    result = launch(*settings, processes=2)
+    assert result.stderr.count("the gradient is not finite; skipped") == 2
+    assert "not finite in 2 steps in a row" in result.stderr
+
+
+def test_two_machines_need_no_pdsh(tiny_dataset, tiny_llm, tmp_path):
+    """With --multi_gpu each machine starts its own processes; --use_deepspeed would start all from one, by pdsh."""
+    settings = short(tiny_dataset, tiny_llm, tmp_path / "run", training__strategy="zero2", training__processes=2)
+    port = free_port()
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--multi_gpu", "--num_machines=2"]
+    command += ["--num_processes=2", "--main_process_ip=127.0.0.1", f"--main_process_port={port}"]
+    command += ["--mixed_precision=no", "--dynamo_backend=no"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    machines = [
+        subprocess.Popen(
+            [*command, f"--machine_rank={rank}", str(TRAIN), *settings],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )  # fmt: skip
+        for rank in range(2)
+    ]
+    errors = [machine.communicate(timeout=300)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], errors
+    assert len(scalars(tmp_path / "run", "loss/loss")) == 2
+    assert "Engine: DeepSpeed ZeRO-2" in errors[0]
