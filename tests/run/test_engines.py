@@ -107,6 +107,17 @@ def test_packed_and_padded_agree(train, engine):
     agree(train(engine), train(engine, model__packing=False), FLOAT32)
 
 
+@pytest.mark.parametrize("kind", ["reentrant", "non_reentrant"])
+@pytest.mark.parametrize(("engine", "precision"), [("ddp", "fp32"), ("zero3_all", "nf4_fp32")])
+def test_recomputed_activations_change_nothing(train, engine, precision, kind):
+    agree(train(engine, precision), train(engine, precision, model__activation_checkpointing=kind), FLOAT32)
+
+
+def test_parameters_used_outside_their_modules_are_gathered(train):
+    """The readout `per_au` adds its markers and its bias by hand."""
+    agree(train("ddp", model__readout="per_au"), train("zero3_all", model__readout="per_au"), FLOAT32)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_log_says_what_runs_and_why(train, engine):
     log = train(engine).stderr
