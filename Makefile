@@ -43,6 +43,7 @@ bench: setup
 	mkdir -p build/bench
 	$(BIN)/python benchmarks/packed_step.py --json build/bench/packed_step.json
 	$(BIN)/python benchmarks/prepare.py --json build/bench/prepare.json
+	$(BIN)/python benchmarks/engines.py --quick --json build/bench/engines.json --markdown build/bench/engines.md
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -10,8 +10,8 @@ class ModelConfig:
 
     llm: str = "tiny"
     """Hugging Face name or local folder of a decoder, `tiny` (built locally) or `none` (the `led_cnn` baseline)."""
-    llm_architecture: Literal["llama", "qwen3"] = "llama"
-    """Architecture of the `tiny` backbone; other backbones bring their own."""
+    llm_architecture: Literal["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"] = "llama"
+    """Architecture of the `tiny` backbone; other backbones bring their own. `gemma3` is the text decoder."""
     llm_hidden: int = 128
     """Width of the `tiny` backbone."""
     llm_layers: int = 4

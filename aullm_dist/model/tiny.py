@@ -1,4 +1,4 @@
-"""A tiny Llama or Qwen3 backbone with its own tokenizer, built locally: what the demo and the tests run on.
+"""A tiny backbone with its own tokenizer, built locally: what the demo, the benchmarks and the tests run on.
 
 The weights are random: the backbone knows no language, so nothing measured with it says what an LLM brings. What it
 shares with a real one is the architecture, the files on disk and every code path.
@@ -11,19 +11,23 @@ import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from aullm_dist.errors import UserError
 from aullm_dist.facs import AU_NAMES, AU_SETS, au_name
 from aullm_dist.model.prompt import QUESTION_TEXT, STRUCTURE_TEXT, prefix_text
 from aullm_dist.model.quiet import hidden_progress_bars
 
-Architecture = Literal["llama", "qwen3"]
-_MODELS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+Architecture = Literal["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"]
+ARCHITECTURES: tuple[str, ...] = get_args(Architecture)
+WINDOW = 32
+"""Positions that a sliding layer sees: fewer than the prompt has, so that a window left out is noticed."""
+_WITHOUT_BOS = ("qwen2", "qwen3")
 _RECIPE_FILE = "tiny_backbone.json"
 _FILES = (_RECIPE_FILE, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _RECIPE_VERSION = 1
@@ -45,7 +49,9 @@ def build_tiny_backbone(
 
     Args:
         folder: where config, safetensors weights and tokenizer go.
-        architecture: "llama" or "qwen3".
+        architecture: one of `ARCHITECTURES`. Layers slide where those of the released model do, over `WINDOW`
+            positions: all of Mistral's (as in its version 0.1), every other one of Gemma 2's, and all of Gemma 3's but
+            every sixth and the last.
         hidden: LLM width D, a multiple of `2 * heads`.
         layers: number of decoder layers.
         heads: attention heads; half as many key-value heads where `heads` is even, so that queries share them.
@@ -55,8 +61,8 @@ def build_tiny_backbone(
     Raises:
         UserError: impossible sizes, or `folder` holds something that is no tiny backbone.
     """
-    if architecture not in _MODELS:
-        raise UserError(f"tiny backbone: architecture is {architecture!r}; allowed: {', '.join(_MODELS)}")
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"tiny backbone: architecture is {architecture!r}; allowed: {', '.join(ARCHITECTURES)}")
     if hidden < 1 or layers < 1 or heads < 1 or hidden % (2 * heads) or not 300 <= vocab <= 1024:
         raise UserError(
             f"tiny backbone: hidden={hidden} layers={layers} heads={heads} vocab={vocab}; "
@@ -119,12 +125,27 @@ def _replace(made: Path, folder: Path, old: Path, recipe: dict) -> None:
 
 def _write(folder: Path, recipe: dict) -> None:
     tokenizer = _train_tokenizer(recipe)
-    config_class, model_class = _MODELS[recipe["architecture"]]
-    hidden, heads = recipe["hidden"], recipe["heads"]
-    config = config_class(
+    config = _config(recipe, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(recipe["seed"])
+        model = AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            # Fresh biases (Qwen2's) are zero, which would hide one that got lost.
+            if name.endswith(".bias"):
+                parameter.data.normal_(std=0.1)
+    with hidden_progress_bars():
+        model.to(torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / _RECIPE_FILE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+
+
+def _config(recipe: dict, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+    hidden, heads, layers = recipe["hidden"], recipe["heads"], recipe["layers"]
+    model_type, own = _own_settings(recipe["architecture"], layers, head_dim=hidden // heads)
+    return CONFIG_MAPPING[model_type](
         hidden_size=hidden,
         intermediate_size=2 * hidden,
-        num_hidden_layers=recipe["layers"],
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
         head_dim=hidden // heads,
@@ -136,19 +157,35 @@ def _write(folder: Path, recipe: dict) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
+        **own,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(recipe["seed"])
-        model = model_class(config)
-    with hidden_progress_bars():
-        model.to(torch.float32).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / _RECIPE_FILE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+
+
+def _own_settings(architecture: str, layers: int, head_dim: int) -> tuple[str, dict]:
+    """Return the model type of an architecture and the settings that only it has.
+
+    Source: config.json of Mistral-7B-v0.1, gemma-2-9b and gemma-3-1b for which layers slide; the released Qwen2 and
+    Qwen3 have `use_sliding_window: false`.
+    """
+    if architecture == "mistral":
+        return "mistral", {"sliding_window": WINDOW}
+    if architecture not in ("gemma2", "gemma3"):
+        return architecture, {}
+    gemma = {"query_pre_attn_scalar": head_dim, "sliding_window": WINDOW}
+    if architecture == "gemma2":
+        types = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
+        # The released cap of 50 would leave the small scores of random weights as they are; 1 bends them.
+        caps = {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 30.0}
+        return "gemma2", gemma | caps | {"layer_types": types}
+    # Fewer layers than six would have no full one; a single layer slides, as the first of the released model does.
+    full = {*range(5, layers, 6)} | ({layers - 1} - {0})
+    types = ["full_attention" if layer in full else "sliding_attention" for layer in range(layers)]
+    return "gemma3_text", gemma | {"layer_types": types}
 
 
 def _train_tokenizer(recipe: dict) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer; like the real ones, Llama's begins a text with BOS and Qwen3's has no BOS."""
-    with_bos = recipe["architecture"] == "llama"
+    """Train a byte-level BPE tokenizer; like the real ones it begins a text with BOS, but Qwen's, which has none."""
+    with_bos = recipe["architecture"] not in _WITHOUT_BOS
     special = ["<pad>", "</s>", "<s>"] if with_bos else ["<pad>", "</s>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -158,28 +158,3 @@ def test_architectures_that_are_refused(tmp_path):
     )
     with pytest.raises(UserError, match="has sliding_window=None"):
         load_backbone(tmp_path / "swa")
-
-
-def test_tiny_backbone_is_deterministic_and_reused(tmp_path):
-    sizes = {"hidden": 32, "layers": 1, "heads": 2}
-    one = build_tiny_backbone(tmp_path / "one", architecture="qwen3", **sizes)
-    two = build_tiny_backbone(tmp_path / "two", architecture="qwen3", **sizes)
-    names = sorted(file.name for file in one.iterdir())
-    assert names == sorted(file.name for file in two.iterdir())
-    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
-    written = (one / "model.safetensors").stat().st_mtime_ns
-    assert build_tiny_backbone(one, architecture="qwen3", **sizes) == one
-    assert (one / "model.safetensors").stat().st_mtime_ns == written
-    build_tiny_backbone(one, architecture="qwen3", seed=1, **sizes)
-    assert (one / "model.safetensors").read_bytes() != (two / "model.safetensors").read_bytes()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["one", "two"]
-
-
-def test_tiny_backbone_keeps_its_hands_off_other_folders(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds something else"):
-        build_tiny_backbone(tmp_path)
-    with pytest.raises(UserError, match="architecture is 'gpt2'"):
-        build_tiny_backbone(tmp_path / "new", architecture="gpt2")
-    with pytest.raises(UserError, match=r"hidden a multiple of 2 \* heads"):
-        build_tiny_backbone(tmp_path / "new", hidden=30)
