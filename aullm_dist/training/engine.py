@@ -71,14 +71,15 @@ def _import_deepspeed(strategy: Strategy) -> None:
 
 def _check_zero_section(strategy: Strategy, section: dict[str, Any]) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
 
     try:
         DeepSpeedZeroConfig(**section)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{strategy.file}: zero_optimization.{key} is refused by DeepSpeed ({first['msg']})") from error
+    except ValueError as error:
+        # A headline, then a line with the key and one with the reason for each of its errors.
+        key, reason = (str(error).splitlines() + ["", ""])[1:3]
+        raise UserError(
+            f"{strategy.file}: zero_optimization.{key} is refused by DeepSpeed ({reason.split(' [')[0].strip()})"
+        ) from error
 
 
 def _stand_alone() -> None:
