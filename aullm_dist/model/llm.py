@@ -5,6 +5,7 @@ to the decoder inside it (`packing.decoder_of`): `lm_head` is never called and n
 What NF4 needs is in `model.quantization`; sharded loading is not here.
 """
 
+import functools
 import os
 import time
 import warnings
@@ -13,10 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from aullm_dist.errors import UserError
 from aullm_dist.log import is_main_process
@@ -29,6 +38,7 @@ from aullm_dist.model.packing import (
     has_sdpa,
     layer_windows,
 )
+from aullm_dist.model.piecewise import Placement, load_in_pieces
 from aullm_dist.model.quantization import (
     is_stored_in_nf4,
     misshapen_weights,
@@ -77,6 +87,7 @@ def load_backbone(
     quantization: str = "none",
     activation_checkpointing: str = "none",
     seed: int = 0,
+    placement: Placement | None = None,
 ) -> Backbone:
     """Load a decoder with its tokenizer, freeze it and add LoRA in float32.
 
@@ -96,6 +107,7 @@ def load_backbone(
         activation_checkpointing: "none", or recompute each decoder layer in the backward pass: "non_reentrant" or
             "reentrant".
         seed: seed of the LoRA initialisation; the global generator is left as it was.
+        placement: how several processes share the weights, each reading its part; None reads them all here.
 
     Raises:
         UserError: no model there, incomplete weights, an unsupported attention, architecture or quantisation, LoRA
@@ -106,28 +118,28 @@ def load_backbone(
             f"backbone: activation_checkpointing is {activation_checkpointing!r}; "
             f"allowed: {', '.join(ACTIVATION_CHECKPOINTING)}"
         )
-    source, is_local = _resolve(name_or_path)
-    common = {"trust_remote_code": trust_remote_code, "local_files_only": is_local}
-    config = _load_config(source, common)
-    stored_in_nf4 = is_stored_in_nf4(source, config, quantization)
-    implementation, attention_reason = _choose_attention(config, attention, packing)
     started = time.monotonic()
-    options = common | {"attn_implementation": prefix_attention.NAME if implementation == "prefix" else implementation}
-    if quantization == "nf4" and not stored_in_nf4:
-        options["quantization_config"] = nf4_config(dtype)
-    with hidden_progress_bars(_hides_progress(source, is_local)):
-        tokenizer, model = _load_files(source, config, dtype, common, options)
+    describe = functools.partial(_describe, name_or_path, attention, packing, quantization, trust_remote_code)
+    files = describe() if placement is None else placement.together(describe)
+    packing_config = nf4_config(dtype) if quantization == "nf4" else None
+    if placement is None:
+        model = _load_files(files, dtype, None if files.stored_in_nf4 else packing_config)
+    else:
+        model = load_in_pieces(
+            files.folder, files.config, dtype, placement, packing_config, files.stored_in_nf4, files.options
+        )
     model.requires_grad_(False)
     model.config.use_cache = False
+    size = _millions(model.parameters())
     reasons = {
-        "backbone": f"{config.model_type} from {source}, {_millions(model.parameters())} M parameters, frozen, "
+        "backbone": f"{files.config.model_type} from {files.source}, {size} M parameters, frozen, "
         f"{str(dtype).removeprefix('torch.')}, loaded in {time.monotonic() - started:.1f} s",
-        "attention": attention_reason,
+        "attention": files.attention_reason,
         "lora": "none (lora_rank is 0)",
     }
     quantized: tuple[str, ...] = ()
     if quantization == "nf4":
-        origin = "as stored" if stored_in_nf4 else "quantised while loading"
+        origin = "as stored" if files.stored_in_nf4 else "quantised while loading"
         reasons["quantization"] = f"{prepare(model, dtype)} ({origin})"
         quantized = quantized_modules(model)
     wrapped: nn.Module = model
@@ -141,12 +153,51 @@ def load_backbone(
         reasons["activation_checkpointing"] = f"every decoder layer, {activation_checkpointing.replace('_', '-')}"
     return Backbone(
         model=wrapped,
-        tokenizer=tokenizer,
-        config=config,
+        tokenizer=files.tokenizer,
+        config=files.config,
         hidden_size=decoder_of(model).config.hidden_size,
         quantized_modules=quantized,
         reasons=reasons,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _ModelFiles:
+    """What is known of a backbone before its weights are read."""
+
+    source: str
+    is_local: bool
+    config: PretrainedConfig
+    tokenizer: object
+    stored_in_nf4: bool
+    options: dict
+    """More for the library's loading functions."""
+    attention_reason: str
+
+    @property
+    def folder(self) -> str:
+        """The local folder of its files, which are downloaded if they are not there yet."""
+        if self.is_local:
+            return self.source
+        try:
+            return snapshot_download(self.source, allow_patterns=["*.json", "*.safetensors"])
+        except _LIBRARY_ERRORS as error:
+            raise _no_model(self.source, error) from error
+
+
+def _describe(
+    name_or_path: str | os.PathLike, attention: str, packing: bool, quantization: str, trust_remote_code: bool
+) -> _ModelFiles:
+    source, is_local = _resolve(name_or_path)
+    common = {"trust_remote_code": trust_remote_code, "local_files_only": is_local}
+    config = _load_config(source, common)
+    stored_in_nf4 = is_stored_in_nf4(source, config, quantization)
+    implementation, reason = _choose_attention(config, attention, packing)
+    options = {
+        "attn_implementation": prefix_attention.NAME if implementation == "prefix" else implementation,
+        "trust_remote_code": trust_remote_code,
+    }
+    return _ModelFiles(source, is_local, config, _load_tokenizer(source, common), stored_in_nf4, options, reason)
 
 
 @torch.no_grad()
@@ -247,25 +298,32 @@ def _describe_windows(config: PretrainedConfig) -> str:
     return f", window of {window} tokens on {sliding} of {total} layers"
 
 
-def _load_files(
-    source: str, config: PretrainedConfig, dtype: torch.dtype, common: dict, options: dict
-) -> tuple[object, PreTrainedModel]:
+def _load_tokenizer(source: str, common: dict) -> object:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        return AutoTokenizer.from_pretrained(source, **common)
     except _LIBRARY_ERRORS as error:
         raise UserError(
             f"backbone {source}: no usable tokenizer in it; allowed: a folder with tokenizer.json beside config.json "
             "and weights, or a Hugging Face name"
         ) from error
+
+
+def _load_files(files: _ModelFiles, dtype: torch.dtype, quantization: BitsAndBytesConfig | None) -> PreTrainedModel:
+    """Load the weights by the library's own means, whole, in this process."""
+    source, options = files.source, dict(files.options)
+    if quantization is not None:
+        options["quantization_config"] = quantization
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **options,
-        )
+        with hidden_progress_bars(_hides_progress(source, files.is_local)):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=files.config,
+                dtype=dtype,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                local_files_only=files.is_local,
+                **options,
+            )
     except _LIBRARY_ERRORS as error:
         raise _no_model(source, error) from error
     except RuntimeError as error:
@@ -284,7 +342,7 @@ def _load_files(
                 f"backbone {source}: {len(keys)} weights are {what} its files, first {keys[0]}; "
                 "allowed: files that hold every weight of config.json's model"
             )
-    return tokenizer, model
+    return model
 
 
 def _no_model(source: str, error: Exception) -> UserError:

@@ -142,7 +142,11 @@ def quantized_modules(model: nn.Module) -> tuple[str, ...]:
 def num_weights(parameters: Iterable[nn.Parameter]) -> int:
     """Return how many weights parameters stand for; a packed one stands for more than it has elements."""
     states = ((parameter, getattr(parameter, "quant_state", None)) for parameter in parameters)
-    return sum(parameter.numel() if state is None else state.shape.numel() for parameter, state in states)
+    # A parameter that ZeRO-3 divided has no elements of its own.
+    return sum(
+        getattr(parameter, "ds_numel", parameter.numel()) if state is None else state.shape.numel()
+        for parameter, state in states
+    )
 
 
 def save_packed_weights_for_backward() -> None:

@@ -38,6 +38,7 @@ class Reasoner(nn.Module):
         if packing:
             check_packable(backbone.config, backbone.model.config._attn_implementation)
         self.llm = backbone.model
+        self.embedding_rms = embedding_rms(self.llm)
         self.prompt = prompt
         self.packing = packing
         self.suffixes_per_row = suffixes_per_row
@@ -94,7 +95,7 @@ class Reasoner(nn.Module):
         device = self.static_ids.device
         generator = torch.Generator().manual_seed(0)
         width = self.au_head.in_features
-        soft = (torch.randn(2, 3, width, generator=generator) * embedding_rms(self.llm)).to(device)
+        soft = (torch.randn(2, 3, width, generator=generator) * self.embedding_rms).to(device)
         branches = torch.arange(3, device=device)[:, None].expand(-1, 2)
         with torch.no_grad():
             prefix, suffix = self._embeds(soft[0], soft[1] if self.prompt.use_structure else None, branches)

@@ -15,11 +15,13 @@ from aullm_dist.model.aullm import AULLM, Ablation, LedCnnBaseline, check_kernel
 from aullm_dist.model.counterfactual import Chances
 from aullm_dist.model.graph import AUGraph
 from aullm_dist.model.llm import Backbone, embedding_rms, load_backbone, mean_embeddings
+from aullm_dist.model.piecewise import Placement
 from aullm_dist.model.projector import EvidenceProjector
 from aullm_dist.model.prompt import Prompt, build_prompt
 from aullm_dist.model.reasoner import Reasoner
 from aullm_dist.model.relations import AURelations, build_relations, sample_structure_edit
 from aullm_dist.model.visual import LedCnn, VisualBackbone
+from aullm_dist.training import engine_state
 from aullm_dist.training.base_identity import base_identity
 from aullm_dist.training.batches import ClipRecipe
 
@@ -51,13 +53,16 @@ class BuiltModel:
     quantized_modules: tuple[str, ...] = ()
 
 
-def build_model(config: Config, aus: tuple[int, ...], llm_path: str | Path) -> BuiltModel:
+def build_model(
+    config: Config, aus: tuple[int, ...], llm_path: str | Path, placement: Placement | None = None
+) -> BuiltModel:
     """Build the model of a run with weights drawn from `training.seed`.
 
     Args:
         config: the run's configuration.
         aus: AU numbers in the order of the head's units.
         llm_path: folder or Hugging Face name of the backbone; ignored for `llm: none`.
+        placement: how several processes share the backbone while it loads; None for one process.
 
     Raises:
         UserError: the backbone cannot be loaded or the sizes do not fit.
@@ -69,13 +74,17 @@ def build_model(config: Config, aus: tuple[int, ...], llm_path: str | Path) -> B
     if model.llm == "none":
         network = LedCnn(len(aus), data.num_frames, data.size, dropout=model.dropout)
         return BuiltModel(LedCnnBaseline(network, autocast=_autocast(config)), {**visual_config, "kind": "led_cnn"})
-    backbone = _load_backbone(config, llm_path)
+    backbone = _load_backbone(config, llm_path, placement)
+    # Once more: how much loading draws depends on how it is done.
+    torch.manual_seed(config.training.seed)
     prompt = build_prompt(aus, backbone.tokenizer, readout=model.readout, use_structure=model.structure)
     logger.info(
         "Prompt: %d prefix tokens shared by all branches, %d per branch", prompt.prefix_tokens, prompt.suffix_tokens
     )
     relations = build_relations(aus) if model.structure else None
-    network = _assemble(config, backbone, prompt, relations)
+    # Scale and first values of what meets the LLM are taken from its embeddings.
+    with engine_state.gathered(backbone.model.get_input_embeddings().parameters()):
+        network = _assemble(config, backbone, prompt, relations)
     model_config = {
         **visual_config,
         "kind": "aullm",
@@ -101,7 +110,7 @@ def build_model(config: Config, aus: tuple[int, ...], llm_path: str | Path) -> B
     )
 
 
-def _load_backbone(config: Config, llm_path: str | Path) -> Backbone:
+def _load_backbone(config: Config, llm_path: str | Path, placement: Placement | None) -> Backbone:
     model = config.model
     backbone = load_backbone(
         llm_path,
@@ -116,6 +125,7 @@ def _load_backbone(config: Config, llm_path: str | Path) -> Backbone:
         quantization=model.quantization,
         activation_checkpointing=model.activation_checkpointing,
         seed=config.training.seed,
+        placement=placement,
     )
     for topic, reason in backbone.reasons.items():
         logger.info("%s: %s", _TOPICS.get(topic, topic.replace("_", " ").capitalize()), reason)

@@ -4,7 +4,8 @@ One process and DDP hold every tensor whole; what ZeRO keeps in pieces is gather
 process calls these functions for the same parameters in the same order, so that they may hold collectives.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ from aullm_dist.training import zero_state
 def full_tensor(param: Tensor) -> Tensor:
     """Return the whole value of a parameter or buffer, in its own dtype and shape, without autograd history."""
     return zero_state.full_tensor(param) if zero_state.is_managed(param) else param.detach()
+
+
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+    """Return a region in which the given parameters are whole on every process, for reading alone."""
+    return zero_state.gathered([param for param in parameters if zero_state.is_managed(param)])
 
 
 def full_shape(param: Tensor) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from aullm_dist.training.context import on_main, together
 from aullm_dist.training.fold import FoldTrainer
 from aullm_dist.training.heldout import Score
 from aullm_dist.training.optimizer import build_optimizer
+from aullm_dist.training.placement import placement_of
 
 logger = get_logger(__name__)
 
@@ -47,11 +48,15 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
         chosen = (together(accelerator, lambda: select_fold(plan.folds, config.data.fold)),)
     _report_data(store, plan)
     llm_path = on_main(accelerator, lambda: workspace.backbone_of(config))
-    built = together(accelerator, lambda: _build(accelerator, config, plan, llm_path))
     sharding = load_strategy(config.training.strategy).resolved(config.training, accelerator.num_processes)
-    on_main(accelerator, lambda: workspace.open_run(folder, config, mode, plan, store.fingerprint, sharding))
+    placement = placement_of(accelerator, sharding)
+    # Not in `together`: the processes talk while they load, and agree there on what each finds in its files.
+    built = build_model(config, plan.aus, llm_path, placement)
+    built.model.to(accelerator.device)
     initial = _snapshot(built.model)
     model, optimizer = engine.prepare(accelerator, built.model, build_optimizer(built.model, config.training))
+    _self_check(config, built)
+    on_main(accelerator, lambda: workspace.open_run(folder, config, mode, plan, store.fingerprint, sharding))
     for fold in chosen:
         start = initial
         if config.model.training_statistics and built.relations is not None:
@@ -70,14 +75,11 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
     return folder
 
 
-def _build(accelerator: Accelerator, config: Config, plan: FoldPlan, llm_path: str) -> BuiltModel:
-    """Build the model on the device and check the packed forward against the padded one on the real backbone."""
-    built = build_model(config, plan.aus, llm_path)
-    built.model.to(accelerator.device)
+def _self_check(config: Config, built: BuiltModel) -> None:
+    """Check the packed forward against the padded one on the real backbone, as the engine holds it."""
     if config.model.packing and isinstance(built.model, AULLM):
         deviation = built.model.self_check()
         logger.info("Packing: differs from the padded forward on this backbone by %.1e (relative)", deviation)
-    return built
 
 
 def _report_data(store: ClipStore, plan: FoldPlan) -> None:

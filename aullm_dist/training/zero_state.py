@@ -5,7 +5,8 @@ processes (`_hp_mapping`); ZeRO-3 also cuts the parameters (`ds_id`). All functi
 them for the same parameters in the same order. Only the parameter asked for is ever gathered.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,13 +26,20 @@ def full_shape(param: Tensor) -> tuple[int, ...]:
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
+def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """Return a region in which parameters that ZeRO-3 divided are whole on every process, for reading alone."""
+    if not parameters:
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(list(parameters))
+
+
 def full_tensor(param: Tensor) -> Tensor:
     """Return the whole parameter as the model computes with it."""
     if not hasattr(param, "ds_id"):
         return param.detach()
-    from deepspeed.runtime.zero import GatheredParameters
-
-    with GatheredParameters([param]):
+    with gathered([param]):
         return param.detach().clone()
 
 

@@ -1,0 +1,233 @@
+"""Loading in pieces: bit for bit what the library loads, each byte read once, damaged files named first."""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_architectures import ARCHITECTURES, write_backbone
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from aullm_dist.errors import UserError
+from aullm_dist.model.piecewise import NeverCalled, load_in_pieces, piece_of
+from aullm_dist.model.quantization import nf4_config
+from aullm_dist.model.weight_files import WeightFiles
+
+
+class Threads:
+    """Processes played by threads: they meet at barriers and see each other's tensors."""
+
+    def __init__(self, rank: int, world_size: int, shared: dict) -> None:
+        self.rank, self.world_size, self.device = rank, world_size, torch.device("cpu")
+        self._shared = shared
+        self.pieces: list[tuple[nn.Parameter, Tensor]] = []
+
+    def _exchange(self, value: object) -> list:
+        slots, barrier = self._shared["slots"], self._shared["barrier"]
+        slots[self.rank] = value
+        barrier.wait()
+        seen = list(slots)
+        barrier.wait()
+        return seen
+
+    def together(self, work: Callable):
+        # from_config sets torch's default dtype for a while, for all threads: nobody goes on before all are through.
+        self._shared["barrier"].wait()
+        return work()
+
+    def largest(self, values: Tensor) -> Tensor:
+        return values.copy_(torch.stack(self._exchange(values.clone())).amax(0))
+
+    def complete(self, flat: Tensor, size: int) -> None:
+        own = flat[self.rank * size : (self.rank + 1) * size].clone()
+        flat.copy_(torch.cat(self._exchange(own)))
+
+    def settle(self, parameter: nn.Parameter) -> None:
+        whole = torch.empty(0, dtype=parameter.dtype).set_(parameter.detach().untyped_storage())
+        self.complete(whole, len(whole) // self.world_size)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_at_a_time_builds_a_model(monkeypatch):
+    lock, build = threading.Lock(), AutoModelForCausalLM.from_config
+
+    def locked(*args, **kwargs):
+        with lock:
+            return build(*args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", locked)
+
+
+def load(folder, world_size: int, dtype=torch.float32, quantization=None, stored=False) -> list:
+    """Return the model that each of `world_size` processes ends with, and the bytes that all of them read."""
+    shared = {"slots": [None] * world_size, "barrier": threading.Barrier(world_size)}
+    models: list = [None] * world_size
+    config = AutoConfig.from_pretrained(folder)
+
+    def work(rank: int) -> None:
+        placement = Threads(rank, world_size, shared)
+        models[rank] = load_in_pieces(str(folder), config, dtype, placement, quantization, stored)
+
+    workers = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(model is not None for model in models)
+    return models
+
+
+def assert_same(expected: nn.Module, found: nn.Module) -> None:
+    """Every parameter, buffer and quantisation constant of the decoder, bit for bit."""
+    for kind in ("named_parameters", "named_buffers"):
+        tensors = {k: v for k, v in getattr(expected, kind)() if not k.startswith("lm_head.")}
+        others = dict(getattr(found, kind)())
+        assert others.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            other = others[name]
+            assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape), name
+            assert torch.equal(*(t.detach().reshape(-1).view(torch.uint8) for t in (tensor, other))), name
+            state = getattr(tensor, "quant_state", None)
+            if state is not None:
+                for key, value in state.as_dict(packed=True).items():
+                    assert torch.equal(value, other.quant_state.as_dict(packed=True)[key]), (name, key)
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_llm, tmp_path_factory):
+    """Return a function that gives the folder of an architecture, unquantised or stored in NF4."""
+    root = tmp_path_factory.mktemp("pieces")
+
+    def give(name: str, stored: bool = False):
+        plain, packed = root / name, root / f"{name}-nf4"
+        if not plain.exists():
+            write_backbone(plain, name, tiny_llm)
+        if stored and not packed.exists():
+            model = AutoModelForCausalLM.from_pretrained(
+                plain, dtype=torch.bfloat16, quantization_config=nf4_config(torch.bfloat16)
+            )
+            model.save_pretrained(packed)
+        return packed if stored else plain
+
+    return give
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_unquantised_weights_are_the_librarys(folders, name, world_size):
+    expected = AutoModelForCausalLM.from_pretrained(folders(name), dtype=torch.bfloat16)
+    for model in load(folders(name), world_size, torch.bfloat16):
+        assert_same(expected, model)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_packed_in_pieces_are_bitsandbytes_own(folders, name, world_size, dtype):
+    expected = AutoModelForCausalLM.from_pretrained(folders(name), dtype=dtype, quantization_config=nf4_config(dtype))
+    for model in load(folders(name), world_size, dtype, nf4_config(dtype)):
+        assert_same(expected, model)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_stored_nf4_is_taken_as_it_is(folders, world_size):
+    folder = folders("llama", stored=True)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for model in load(folder, world_size, torch.bfloat16, nf4_config(torch.bfloat16), stored=True):
+        assert_same(expected, model)
+
+
+def test_the_processes_read_each_byte_once(folders, monkeypatch):
+    readers = []
+    monkeypatch.setattr(WeightFiles, "close", lambda self: readers.append(self))
+    for stored in (False, True):
+        readers.clear()
+        folder = folders("llama", stored)
+        load(folder, 2, torch.bfloat16, nf4_config(torch.bfloat16), stored)
+        needed = sum(t.nbytes for name, t in WeightFiles(folder).tensors.items() if not name.startswith("lm_head"))
+        read = [files.bytes_read for files in readers]
+        assert sum(read) == needed
+        assert max(read) < 0.51 * needed
+
+
+def test_the_head_is_not_loaded(folders):
+    (model,) = load(folders("llama"), 1)
+    assert isinstance(model.get_output_embeddings(), NeverCalled)
+    with pytest.raises(AssertionError, match="not loaded"):
+        model(torch.tensor([[1, 2]]))
+
+
+def test_pieces_cover_everything_once():
+    for numel in (0, 1, 7, 64, 100):
+        for world_size in (1, 2, 3, 8):
+            pieces = [piece_of(numel, rank, world_size) for rank in range(world_size)]
+            assert [i for first, last in pieces for i in range(first, last)] == list(range(numel))
+
+
+def test_tied_embeddings_and_a_checkpoint_of_the_decoder_alone(folders, tmp_path):
+    folder = tmp_path / "decoder"
+    shutil.copytree(folders("gemma2"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {key.removeprefix("model."): value for key, value in tensors.items()}
+    assert "embed_tokens.weight" in renamed
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    expected = AutoModelForCausalLM.from_pretrained(folders("gemma2"), dtype=torch.float32)
+    assert_same(expected, load(folder, 1)[0])
+
+
+def _sharded(folder, source) -> None:
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[: len(names) // 2], "b.safetensors": names[len(names) // 2 :]}
+    for file, keys in halves.items():
+        save_file({key: tensors[key] for key in keys}, folder / file)
+    weight_map = {key: file for file, keys in halves.items() for key in keys}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_shards_are_read_through_the_index(folders, tmp_path):
+    _sharded(tmp_path / "sharded", folders("llama"))
+    expected = AutoModelForCausalLM.from_pretrained(folders("llama"), dtype=torch.float32)
+    assert_same(expected, load(tmp_path / "sharded", 1)[0])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "b.safetensors").unlink(), "b.safetensors is missing"),
+        (lambda f: (f / "b.safetensors").write_bytes((f / "b.safetensors").read_bytes()[:-9]), "is truncated"),
+        (lambda f: (f / "b.safetensors").write_bytes(b"12345"), "is truncated or no safetensors file"),
+        (lambda f: (f / "b.safetensors").write_bytes(b"\x08" + bytes(7) + b"12345678" * 9), "damaged header"),
+        (lambda f: shutil.copy(f / "a.safetensors", f / "b.safetensors"), "does not hold"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "is no index"),
+    ],
+)
+def test_damaged_files_are_named_before_anything_is_read(folders, tmp_path, damage, message):
+    folder = tmp_path / "damaged"
+    _sharded(folder, folders("llama"))
+    damage(folder)
+    with pytest.raises(UserError, match=message) as refusal:
+        WeightFiles(folder)
+    assert "\n" not in str(refusal.value)
+    assert str(folder) in str(refusal.value)
+
+
+@pytest.mark.parametrize(("change", "message"), [("drop", "are missing in"), ("cut", "are of another shape in")])
+def test_weights_that_do_not_fit_the_model(folders, tmp_path, change, message):
+    folder = tmp_path / "other"
+    shutil.copytree(folders("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:-1].clone()
+    if change == "drop":
+        del tensors[name]
+    save_file(tensors, folder / "model.safetensors")
+    config = AutoConfig.from_pretrained(folder)
+    with pytest.raises(UserError, match=f"1 weights {message}.*first {name}"):
+        load_in_pieces(str(folder), config, torch.float32, Threads(0, 1, {"barrier": threading.Barrier(1)}))
