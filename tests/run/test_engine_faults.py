@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,17 @@ def test_a_mistake_ends_both_processes_with_one_line(tiny_dataset, tiny_llm, tmp
     assert set(ends) <= {"2", "-15"}
     assert "aullm_dist/training" not in result.stderr
     assert not (run / "config.yaml").exists()
+
+
+def test_a_damaged_backbone_is_named_before_anything_is_allocated(tiny_dataset, tiny_llm, tmp_path):
+    llm = tmp_path / "llm"
+    shutil.copytree(tiny_llm, llm)
+    weights = llm / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = launch(*short(tiny_dataset, llm, tmp_path / "run", training__strategy="zero3"), processes=2)
+    (error,) = re.findall(r"^train\.py: error: .*$", result.stderr, re.MULTILINE)
+    assert f"{weights}: is truncated" in error
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_then_ends_the_run(tiny_dataset, tiny_llm, tmp_path):

@@ -113,6 +113,12 @@ def test_recomputed_activations_change_nothing(train, engine, precision, kind):
     agree(train(engine, precision), train(engine, precision, model__activation_checkpointing=kind), FLOAT32)
 
 
+def test_four_processes_train_what_one_trains(train):
+    """NF4, divided in four, packed, with recomputed activations, against the undivided model in one process."""
+    changes = {"model__activation_checkpointing": "non_reentrant", "training__micro_batch": 2}
+    agree(train("ddp", "nf4_fp32", processes=1), train("zero3_all", "nf4_fp32", processes=4, **changes), FLOAT32)
+
+
 def test_parameters_used_outside_their_modules_are_gathered(train):
     """The readout `per_au` adds its markers and its bias by hand."""
     agree(train("ddp", model__readout="per_au"), train("zero3_all", model__readout="per_au"), FLOAT32)
