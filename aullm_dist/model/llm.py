@@ -366,6 +366,11 @@ def _lora_targets(model: PreTrainedModel, wanted: str | Sequence[str]) -> list[s
     decoder = decoder_of(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     linear = [f"{prefix}.{name}" for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise UserError(
+            f"backbone of type {model.config.model_type}: has no linear layers that LoRA could adapt; "
+            f"allowed: decoders such as {', '.join(sorted(MASK_RECIPES))}"
+        )
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     if names == [_ALL_LINEAR]:
         return linear

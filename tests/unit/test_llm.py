@@ -7,7 +7,7 @@ import socket
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Config, GPT2LMHeadModel, Qwen3Config
 
 from aullm_dist.errors import UserError
 from aullm_dist.model.llm import embedding_rms, load_backbone, mean_embeddings
@@ -158,3 +158,13 @@ def test_architectures_that_are_refused(tmp_path):
     )
     with pytest.raises(UserError, match="has sliding_window=None"):
         load_backbone(tmp_path / "swa")
+
+
+def test_a_decoder_without_linear_layers_is_refused(tiny, tmp_path):
+    """GPT-2 keeps its weights in a layer type of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=1, vocab_size=len(tokenizer))
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="backbone of type gpt2: has no linear layers that LoRA could adapt"):
+        load_backbone(tmp_path, packing=False)
