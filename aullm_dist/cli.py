@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     from aullm_dist.data.prepare_cli import add_prepare_arguments, run_prepare
     from aullm_dist.data.synthesize_cli import add_synthesize_arguments, run_synthesize
     from aullm_dist.evaluation.evaluate_cli import add_evaluate_arguments, run_evaluate
+    from aullm_dist.model.quantize_cli import add_quantize_arguments, run_quantize
     from aullm_dist.training.checkpoint_cli import add_checkpoint_arguments, run_checkpoint_verify
 
     parser = argparse.ArgumentParser(
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add("prepare", "turn a raw corpus release into a checked dataset", add_prepare_arguments, run_prepare)
     add("synthesize", "write a synthetic corpus in a real layout", add_synthesize_arguments, run_synthesize)
+    add("quantize", "write an LLM in 4 bits, once for all runs", add_quantize_arguments, run_quantize)
     add("config", "print every setting, or check a run file", add_config_arguments, run_config)
     add("evaluate", "print and write the tables of a run", add_evaluate_arguments, run_evaluate)
     add("checkpoint", "inspect checkpoints", add_checkpoint_arguments, run_checkpoint_verify)

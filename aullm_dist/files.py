@@ -1,6 +1,9 @@
-"""Writing small files so that a reader never sees half of one."""
+"""Writing files and folders so that a reader never sees half of one."""
 
 import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -17,3 +20,40 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def force_to_disk(path: Path) -> None:
+    """Call fsync on a file or folder, so that what it holds (for a folder: its entries) survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def staged_folder(target: Path, publish: Callable[[Path, Path], object] = os.rename) -> Iterator[Path]:
+    """Give a fresh hidden folder beside `target`, and move it there when the block ends without an exception.
+
+    After an exception nothing new is left behind; a killed process leaves `.NAME.tmp-PID`.
+
+    Args:
+        target: where the folder is to be.
+        publish: moves the hidden folder to `target`.
+
+    Yields:
+        The hidden folder to write into. The block has to force its files to disk; the folders are done here.
+
+    Raises:
+        OSError: If the parent cannot be written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.parent / f".{target.name}.tmp-{os.getpid()}"
+    staging.mkdir()
+    try:
+        yield staging
+        force_to_disk(staging)
+        publish(staging, target)
+        force_to_disk(target.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -190,7 +190,7 @@ def _describe(
 ) -> _ModelFiles:
     source, is_local = _resolve(name_or_path)
     common = {"trust_remote_code": trust_remote_code, "local_files_only": is_local}
-    config = _load_config(source, common)
+    config = load_config(source, common)
     stored_in_nf4 = is_stored_in_nf4(source, config, quantization)
     implementation, reason = _choose_attention(config, attention, packing)
     options = {
@@ -244,7 +244,12 @@ def _resolve(name_or_path: str | os.PathLike) -> tuple[str, bool]:
     return name, False
 
 
-def _load_config(source: str, common: dict) -> PretrainedConfig:
+def load_config(source: str, common: dict) -> PretrainedConfig:
+    """Return the config of a text decoder; `common` are options of the library's `from_pretrained`.
+
+    Raises:
+        UserError: there is no config, or that of another kind of model.
+    """
     try:
         config = AutoConfig.from_pretrained(source, **common)
     except _LIBRARY_ERRORS as error:

@@ -19,11 +19,20 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 
 from aullm_dist.errors import UserError
 from aullm_dist.log import is_main_process
+from aullm_dist.model.quantization import (
+    BLOCK,
+    is_packed,
+    pack,
+    packed_parameter,
+    put_packed_layers,
+    state_of,
+    stored_state,
+)
 from aullm_dist.model.weight_files import StoredTensor, WeightFiles
 
 T = TypeVar("T")
-_BLOCK = 64
-"""Weights that share one NF4 constant."""
+WEIGHTS_AT_ONCE = 2**22
+"""Weights packed at a time: on CPU bitsandbytes needs some 20 bytes for each meanwhile. Whole blocks."""
 _ALLOWED = "allowed: files that hold every weight of config.json's model under its own name"
 _SHOW_PROGRESS_FROM_BYTES = 2**30
 
@@ -88,24 +97,18 @@ def load_in_pieces(
         UserError: a file or a weight is missing, or has another shape than the model.
     """
     files = placement.together(lambda: WeightFiles(source))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **(options or {}))
-    model.set_output_embeddings(NeverCalled())
+    model = model_without_storage(config, dtype, quantization, stored_in_nf4, options)
     if quantization is not None:
-        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-
-        replace_with_bnb_linear(model, quantization_config=quantization, pre_quantized=stored_in_nf4)
         model.is_quantized = model.is_loaded_in_4bit = True
         model.config.quantization_config = quantization
     # Before any weight is there: the library's function would draw those of a module anew.
     _fill_buffers(model, placement.device)
-    names = placement.together(lambda: _names_in_files(model, files, source))
+    names = placement.together(lambda: names_in_files(model, files, source))
     total = sum(files[name].nbytes for name in names.values())
-    with _progress(total) as bar:
-        for module_name, parameter_name, module in _owners(model):
+    with progress("Loading the LLM", total) as bar:
+        for full, parameter_name, module in owners(model):
             before = files.bytes_read
-            full = f"{module_name}.{parameter_name}" if module_name else parameter_name
-            load = _load_packed if _is_packed(module, parameter_name) else _load_plain
+            load = _load_packed if is_packed(module, parameter_name) else _load_plain
             parameter = load(module, parameter_name, names[full], files, dtype, placement, quantization)
             module.register_parameter(parameter_name, parameter)
             placement.settle(parameter)
@@ -114,22 +117,50 @@ def load_in_pieces(
     return model.eval()
 
 
-def _owners(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-    """Yield (module name, parameter name, module) of every parameter once, in the order of the forward pass."""
+def model_without_storage(
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    quantization: BitsAndBytesConfig | None,
+    stored_in_nf4: bool = False,
+    options: dict | None = None,
+    keep_head: bool = False,
+) -> PreTrainedModel:
+    """Return the causal LM on the meta device, its linear layers replaced by NF4 layers if they are to be packed.
+
+    Args:
+        config, dtype, quantization, stored_in_nf4, options: see `load_in_pieces`.
+        keep_head: whether the vocabulary head stays; it is never packed.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **(options or {}))
+    head = model.get_output_embeddings()
+    model.set_output_embeddings(NeverCalled())
+    if quantization is not None:
+        put_packed_layers(model, quantization, stored_in_nf4)
+    if keep_head:
+        model.set_output_embeddings(head)
+    return model
+
+
+def owners(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Yield (full name, name, module) of every parameter once, in the order of the forward pass."""
     seen = set()
     for module_name, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter not in seen:
                 seen.add(parameter)
-                yield module_name, name, module
+                yield f"{module_name}.{name}" if module_name else name, name, module
 
 
-def _names_in_files(model: PreTrainedModel, files: WeightFiles, source: str) -> dict[str, str]:
-    """Map the model's parameter names to those in the files, after checking that all are there in the right shape."""
+def names_in_files(model: PreTrainedModel, files: WeightFiles, source: str) -> dict[str, str]:
+    """Map the model's parameter names to those in the files, after checking that all are there in the right shape.
+
+    Raises:
+        UserError: a weight is missing or has another shape.
+    """
     prefix = f"{model.base_model_prefix}."
     names, missing, mismatched = {}, [], []
-    for module_name, name, module in _owners(model):
-        full = f"{module_name}.{name}" if module_name else name
+    for full, name, module in owners(model):
         # A checkpoint of the decoder alone has its names without the prefix.
         stored = next((key for key in (full, full.removeprefix(prefix)) if key in files), None)
         if stored is None:
@@ -145,14 +176,10 @@ def _names_in_files(model: PreTrainedModel, files: WeightFiles, source: str) -> 
 
 
 def _fits(module: nn.Module, name: str, stored: StoredTensor) -> bool:
-    if not _is_packed(module, name):
+    if not is_packed(module, name):
         return tuple(getattr(module, name).shape) == stored.shape
     shape = (module.out_features, module.in_features)
     return stored.shape == shape or stored.nbytes == -(-shape[0] * shape[1] // 2)
-
-
-def _is_packed(module: nn.Module, name: str) -> bool:
-    return name == "weight" and type(module).__name__ == "Linear4bit"
 
 
 def _load_plain(
@@ -185,32 +212,18 @@ def _load_packed(
     placement: Placement,
     quantization: BitsAndBytesConfig,
 ) -> nn.Parameter:
-    from bitsandbytes.nn import Params4bit
-
     shape = torch.Size((module.out_features, module.in_features))
     if files[stored].shape == tuple(shape):
-        flat, numel, state = _quantise_piece(shape, stored, files, dtype, placement, quantization)
+        flat, numel, state = quantise_piece(shape, stored, files, dtype, placement, quantization)
     else:
         storage = files[stored].dtype
         numel = files[stored].numel
         flat = _own_piece(numel, storage, placement, lambda a, b: files.read(stored, a, b))
         state = _stored_state(stored, files, placement)
-    parameter = Params4bit(
-        flat[:numel].view(numel, 1),
-        requires_grad=False,
-        quant_state=state,
-        blocksize=state.blocksize,
-        compress_statistics=state.nested,
-        quant_type=state.quant_type,
-        quant_storage=flat.dtype,
-        module=module,
-        bnb_quantized=True,
-    )
-    module.quant_state = state
-    return parameter
+    return packed_parameter(flat[:numel], state, module)
 
 
-def _quantise_piece(
+def quantise_piece(
     shape: torch.Size,
     stored: str,
     files: WeightFiles,
@@ -218,48 +231,38 @@ def _quantise_piece(
     placement: Placement,
     quantization: BitsAndBytesConfig,
 ) -> tuple[Tensor, int, object]:
-    """Return flat packed values with this process's piece filled, their number, and the state of the whole weight."""
-    from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
+    """Return flat packed values with this process's piece filled, their number, and the state of the whole weight.
 
+    Args:
+        shape: of the weight.
+        stored: its name in the files.
+        files, dtype, placement, quantization: see `load_in_pieces`.
+    """
     storage = quantization.bnb_4bit_quant_storage
-    kind = quantization.bnb_4bit_quant_type
     weights = shape.numel()
     per_element = 2 * storage.itemsize  # weights in one element of the storage dtype
-    constants = torch.zeros(-(-weights // _BLOCK), dtype=torch.float32, device=placement.device)
+    constants = torch.zeros(-(-weights // BLOCK), dtype=torch.float32, device=placement.device)
 
-    def pack(first: int, last: int) -> Tensor:
+    def pack_piece(first: int, last: int) -> Tensor:
         # Whole blocks around the piece; what a neighbour packs as well is cut off again.
-        begin = first * per_element // _BLOCK * _BLOCK
-        end = min(-(-last * per_element // _BLOCK) * _BLOCK, weights)
-        values = files.read(stored, begin, end).to(device=placement.device, dtype=dtype)
-        packed, state = quantize_4bit(values, blocksize=_BLOCK, quant_type=kind, quant_storage=storage)
-        constants[begin // _BLOCK : begin // _BLOCK + len(state.absmax)] = state.absmax
+        begin = first * per_element // BLOCK * BLOCK
+        end = min(-(-last * per_element // BLOCK) * BLOCK, weights)
+        packed = torch.empty(-(-(end - begin) // per_element), dtype=storage, device=placement.device)
+        for start in range(begin, end, WEIGHTS_AT_ONCE):
+            values = files.read(stored, start, min(start + WEIGHTS_AT_ONCE, end))
+            part, scales = pack(values.to(device=placement.device, dtype=dtype), quantization)
+            packed[(start - begin) // per_element :][: len(part)] = part
+            constants[start // BLOCK :][: len(scales)] = scales
         offset = first - begin // per_element
-        return packed.view(-1)[offset : offset + last - first]
+        return packed[offset : offset + last - first]
 
     numel = -(-weights // per_element)
-    flat = _own_piece(numel, storage, placement, pack)
-    constants = placement.largest(constants)
-    # From here as bitsandbytes.functional.quantize_4bit does with `compress_statistics`.
-    offset = constants.mean()
-    packed_constants, nested = quantize_blockwise(constants - offset, blocksize=256)
-    state = QuantState(
-        absmax=packed_constants,
-        shape=shape,
-        dtype=dtype,
-        blocksize=_BLOCK,
-        code=get_4bit_type(kind, device=placement.device),
-        quant_type=kind,
-        offset=offset,
-        state2=nested,
-    )
-    return flat, numel, state
+    flat = _own_piece(numel, storage, placement, pack_piece)
+    return flat, numel, state_of(placement.largest(constants), shape, dtype, quantization)
 
 
 def _stored_state(stored: str, files: WeightFiles, placement: Placement) -> object:
     """Return the quantisation state of a packed weight, each process reading its piece of the constants."""
-    from bitsandbytes.functional import QuantState
-
     parts = {}
     for key in (name for name in files.tensors if name.startswith(f"{stored}.")):
         entry = files[key]
@@ -267,7 +270,7 @@ def _stored_state(stored: str, files: WeightFiles, placement: Placement) -> obje
         placement.complete(flat, len(flat) // placement.world_size)
         parts[key.removeprefix(f"{stored}.")] = flat[: entry.numel].view(entry.shape)
     try:
-        return QuantState.from_dict(parts, device=placement.device)
+        return stored_state(parts, placement.device)
     except (KeyError, ValueError) as error:
         raise UserError(
             f"{files[stored].file}: the quantisation state of {stored} is incomplete; {_ALLOWED}"
@@ -284,10 +287,11 @@ def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
             model._init_weights(module)
 
 
-def _progress(total_bytes: int) -> tqdm:
+def progress(description: str, total_bytes: int) -> tqdm:
+    """Return a bar in bytes with the time that is left; it stays hidden where there is little to wait for."""
     return tqdm(
         total=total_bytes,
-        desc="Loading the LLM",
+        desc=description,
         unit="B",
         unit_scale=True,
         disable=total_bytes < _SHOW_PROGRESS_FROM_BYTES or not is_main_process(),

@@ -1,7 +1,7 @@
 """NF4: a frozen base in 4 bits per weight, and the remedies without which bitsandbytes trains wrongly or wastes memory.
 
 The only module that imports bitsandbytes, and inside functions alone. `prepare` must see every model that holds NF4
-layers, however it was loaded. Sharding a quantised model over processes is not its business.
+layers, however it was loaded. Which process packs what (`model.piecewise`) is not its business.
 """
 
 import functools
@@ -15,6 +15,8 @@ from transformers import BitsAndBytesConfig, PretrainedConfig
 from aullm_dist.errors import UserError
 
 QUANTIZATIONS = ("none", "nf4")
+BLOCK = 64
+"""Weights that share one NF4 constant; blocks are independent of each other."""
 _NF4 = "bitsandbytes NF4"
 _STORAGES = ("bfloat16", "uint8")
 _PACKS_FOR_CPU = "support_avx512bf16_for_cpu"
@@ -79,6 +81,107 @@ def _method(stored: dict) -> str:
     if stored.get("load_in_4bit") or stored.get("_load_in_4bit"):
         return f"bitsandbytes {str(stored.get('bnb_4bit_quant_type', 'fp4')).upper()}"
     return "bitsandbytes 8-bit"
+
+
+def method_of(config: PretrainedConfig) -> str | None:
+    """Return how the files of a backbone are quantised, None if they are not."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    return _method(stored if isinstance(stored, dict) else stored.to_dict())
+
+
+def put_packed_layers(model: nn.Module, config: BitsAndBytesConfig, stored: bool) -> None:
+    """Put NF4 layers in the place of every linear layer of a model without storage.
+
+    Args:
+        model: on the meta device, without its vocabulary head, which stays as it is.
+        config: from `nf4_config`.
+        stored: whether packed weights will come from files.
+    """
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    replace_with_bnb_linear(model, quantization_config=config, pre_quantized=stored)
+
+
+def is_packed(module: nn.Module, name: str) -> bool:
+    """Whether the parameter `name` of a module is a packed weight."""
+    return name == "weight" and type(module).__name__ == "Linear4bit"
+
+
+def pack(values: Tensor, config: BitsAndBytesConfig) -> tuple[Tensor, Tensor]:
+    """Return weights in NF4, flat in the storage dtype, and the float32 constants of their blocks.
+
+    Args:
+        values: flat weights, whole blocks but for a last one.
+        config: from `nf4_config`.
+    """
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(
+        values,
+        blocksize=BLOCK,
+        quant_type=config.bnb_4bit_quant_type,
+        quant_storage=config.bnb_4bit_quant_storage,
+    )
+    return packed.view(-1), state.absmax
+
+
+def state_of(constants: Tensor, shape: torch.Size, dtype: torch.dtype, config: BitsAndBytesConfig) -> object:
+    """Return the quantisation state of a whole weight, from the constants of all its blocks.
+
+    Source: bitsandbytes.functional.quantize_4bit with `compress_statistics`.
+    """
+    from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
+
+    offset = constants.mean()
+    packed, nested = quantize_blockwise(constants - offset, blocksize=256)
+    return QuantState(
+        absmax=packed,
+        shape=shape,
+        dtype=dtype,
+        blocksize=BLOCK,
+        code=get_4bit_type(config.bnb_4bit_quant_type, device=constants.device),
+        quant_type=config.bnb_4bit_quant_type,
+        offset=offset,
+        state2=nested,
+    )
+
+
+def stored_state(parts: dict[str, Tensor], device: torch.device) -> object:
+    """Return the quantisation state of a stored weight from the tensors that its files hold beside it.
+
+    Raises:
+        KeyError: a part is missing.
+        ValueError: a part is no such part.
+    """
+    from bitsandbytes.functional import QuantState
+
+    return QuantState.from_dict(parts, device=device)
+
+
+def packed_parameter(packed: Tensor, state: object, module: nn.Module) -> nn.Parameter:
+    """Return the weight of an NF4 layer, and give the layer its state.
+
+    Args:
+        packed: packed values, flat.
+        state: of the whole weight.
+        module: the layer.
+    """
+    from bitsandbytes.nn import Params4bit
+
+    module.quant_state = state
+    return Params4bit(
+        packed.view(-1, 1),
+        requires_grad=False,
+        quant_state=state,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=packed.dtype,
+        module=module,
+        bnb_quantized=True,
+    )
 
 
 def prepare(model: nn.Module, compute_dtype: torch.dtype) -> str:

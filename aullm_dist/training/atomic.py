@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from aullm_dist import files
+from aullm_dist.files import force_to_disk
+
 STEP_PATTERN = re.compile(r"step-(\d{8,})")
 PARKED_PATTERN = re.compile(r"\.step-(\d{8,})\.old-\d+")
 TEMPORARY_PATTERN = re.compile(r"\.step-\d{8,}\.tmp-\d+")
@@ -26,15 +29,6 @@ def step_of(name: str) -> int | None:
     """Return the step that a visible or parked checkpoint folder's name tells, None for any other name."""
     match = STEP_PATTERN.fullmatch(name) or PARKED_PATTERN.fullmatch(name)
     return int(match.group(1)) if match else None
-
-
-def force_to_disk(path: Path) -> None:
-    """Call fsync on a file or folder, so that what it holds (for a folder: its entries) survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -59,14 +53,9 @@ def staged_folder(target: Path) -> Iterator[Path]:
     Raises:
         OSError: If the parent cannot be written.
     """
-    parent = target.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    staging = parent / f".{target.name}.tmp-{os.getpid()}"
-    parked = parent / f".{target.name}.old-{os.getpid()}"
-    staging.mkdir()
-    try:
-        yield staging
-        force_to_disk(staging)
+    parked = target.parent / f".{target.name}.old-{os.getpid()}"
+
+    def replace(staging: Path, target: Path) -> None:
         if target.exists():
             os.rename(target, parked)
         try:
@@ -75,9 +64,9 @@ def staged_folder(target: Path) -> Iterator[Path]:
             if parked.exists():
                 os.rename(parked, target)
             raise
-        force_to_disk(parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+
+    with files.staged_folder(target, replace) as staging:
+        yield staging
     if parked.exists():
         remove_folder(parked)
 

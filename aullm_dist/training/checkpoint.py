@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aullm_dist.errors import CheckpointError, UserError
+from aullm_dist.files import force_to_disk
 from aullm_dist.training import engine_state
-from aullm_dist.training.atomic import force_to_disk, staged_folder, step_folder_name, write_durably
+from aullm_dist.training.atomic import staged_folder, step_folder_name, write_durably
 from aullm_dist.training.compare import listing, refuse_other_model
 from aullm_dist.training.manifest import (
     VerifyMode,

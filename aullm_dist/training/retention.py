@@ -7,12 +7,12 @@ from logging import Logger
 from pathlib import Path
 
 from aullm_dist.errors import UserError
+from aullm_dist.files import force_to_disk
 from aullm_dist.log import get_logger
 from aullm_dist.training.atomic import (
     PARKED_PATTERN,
     STEP_PATTERN,
     TEMPORARY_PATTERN,
-    force_to_disk,
     remove_folder,
     step_folder_name,
     step_of,

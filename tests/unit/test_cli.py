@@ -13,7 +13,7 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
-    for command in ("prepare", "synthesize", "config", "evaluate", "checkpoint"):
+    for command in ("prepare", "synthesize", "quantize", "config", "evaluate", "checkpoint"):
         assert command in text
 
 
@@ -25,6 +25,7 @@ def test_help_names_every_command(capsys):
         (["evaluate", "/no/such/run"], "/no/such/run"),
         (["checkpoint", "verify", "/no/such/run"], "/no/such/run"),
         (["prepare", "casme2", "--root", "/no/such/root", "--out", "/tmp/never"], "/no/such/root"),
+        (["quantize", "/no/such/base", "--out", "/tmp/never"], "/no/such/base"),
         (["synthesize", "casme2", "--out", "/dev/null/x"], "/dev/null/x"),
         (["synthesize", "casme2", "--out", "/tmp/never", "--subjects", "0"], "subjects"),
     ],

@@ -84,8 +84,9 @@ def load(folder, world_size: int, dtype=torch.float32, quantization=None, stored
 def assert_same(expected: nn.Module, found: nn.Module) -> None:
     """Every parameter, buffer and quantisation constant of the decoder, bit for bit."""
     for kind in ("named_parameters", "named_buffers"):
-        tensors = {k: v for k, v in getattr(expected, kind)() if not k.startswith("lm_head.")}
-        others = dict(getattr(found, kind)())
+        tensors, others = (
+            {k: v for k, v in getattr(model, kind)() if not k.startswith("lm_head.")} for model in (expected, found)
+        )
         assert others.keys() == tensors.keys()
         for name, tensor in tensors.items():
             other = others[name]
