@@ -2,11 +2,18 @@
 
 import os
 import sys
+from types import TracebackType
 
 # `accelerate launch aullm_dist/train.py` puts this file's folder first on the path, where our modules would shadow
 # others.
 _HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or os.getcwd()) != _HERE]
+
+
+def _fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Show a traceback and end a process of a group at once: its clean-up would wait for processes that wait for it."""
+    sys.__excepthook__(kind, error, trace)
+    _leave(1)
 
 
 def _leave(code: int) -> None:
@@ -25,4 +32,5 @@ def _leave(code: int) -> None:
 if __name__ == "__main__":
     from aullm_dist.train_cli import main
 
+    sys.excepthook = _fail
     _leave(main(sys.argv[1:]))

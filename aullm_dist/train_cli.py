@@ -14,9 +14,9 @@ from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.training.workspace import Mode
 
 DEMO = "demo"
-# How long a process leaves the last word to the main process: the first of a machine that the main process may not be
-# on, and the others, which the launcher ends with the first.
-_GRACE_SECONDS = {True: 5, False: 60}
+# How long a process leaves the last word to the main process, and more for each process that is before it on its
+# machine: the launcher ends all of them when the first has ended.
+_GRACE_SECONDS, _MORE_SECONDS = 5.0, 1.0
 
 _EPILOG = """\
 Without arguments the embedded demo runs: a synthetic corpus, a tiny backbone, nothing downloaded.
@@ -74,14 +74,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _report(error: Exception) -> None:
-    """Write the line that ends the run; the main process does, unless it has nothing to say.
+    """Write the line that ends the run; the main process does, unless this process alone knows of the error.
 
     A launcher ends all processes of a machine when one of them ends. So the others wait for that, or an early one would
     take the main process down before it has spoken.
     """
     who = ""
     if not log.is_main_process():
-        time.sleep(_GRACE_SECONDS[os.environ.get("LOCAL_RANK") == "0"])
+        time.sleep(_GRACE_SECONDS + _MORE_SECONDS * int(os.environ.get("LOCAL_RANK", "0")))
+        if getattr(error, "told_to_all", False):
+            return
         who = f"process {os.environ['RANK']}: "
     sys.stderr.write(f"train.py: error: {who}{error}\n")
 
@@ -102,18 +104,15 @@ def _train(config: Config, mode: Mode) -> int:
     from aullm_dist.training import context
     from aullm_dist.training.run import run
 
-    try:
-        accelerator = context.start(config.training)
-        folder = run(accelerator, config, mode, summarise)
-        baseline = _baseline_config(config, folder)
-        if baseline is not None:
-            log.get_logger().info("No-LLM baseline (led_cnn), for comparison")
-            run(accelerator, baseline, "resume" if mode == "resume" else "replace", summarise)
-        context.on_main(accelerator, lambda: print_summary(folder, config))
-        # A process that leaves early takes down one that still talks.
-        accelerator.wait_for_everyone()
-    finally:
-        context.stop()
+    accelerator = context.start(config.training)
+    folder = run(accelerator, config, mode, summarise)
+    baseline = _baseline_config(config, folder)
+    if baseline is not None:
+        log.get_logger().info("No-LLM baseline (led_cnn), for comparison")
+        run(accelerator, baseline, "resume" if mode == "resume" else "replace", summarise)
+    context.on_main(accelerator, lambda: print_summary(folder, config))
+    # Only here: after an error the others may be in a collective, and ending the group would wait for them.
+    context.stop(accelerator)
     return 0
 
 

@@ -2,20 +2,18 @@
 
 PEFT wraps the causal LM alone, so the adapter's keys load with stock PEFT onto the plain model. The forward passes go
 to the decoder inside it (`packing.decoder_of`): `lm_head` is never called and no vocabulary logits are ever computed.
-What NF4 needs is in `model.quantization`; sharded loading is not here.
+What NF4 needs is in `model.quantization`, what several processes need to share the loading in `model.piecewise`.
 """
 
 import functools
 import os
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -30,6 +28,7 @@ from transformers import (
 from aullm_dist.errors import UserError
 from aullm_dist.log import is_main_process
 from aullm_dist.model import prefix_attention
+from aullm_dist.model.lora import ALL_LINEAR, add_lora, lora_targets_of
 from aullm_dist.model.packing import (
     ATTENTIONS,
     MASK_RECIPES,
@@ -51,7 +50,6 @@ from aullm_dist.model.quiet import hidden_progress_bars
 
 ACTIVATION_CHECKPOINTING = ("none", "non_reentrant", "reentrant")
 
-_ALL_LINEAR = "all-linear"
 _LIBRARY_ERRORS = (OSError, ValueError, SafetensorError)
 _PROGRESS_BAR_FROM_BYTES = 2**30
 _IDS_AT_ONCE = 8192
@@ -83,7 +81,7 @@ def load_backbone(
     lora_rank: int = 16,
     lora_alpha: float = 32.0,
     lora_dropout: float = 0.0,
-    lora_targets: str | Sequence[str] = _ALL_LINEAR,
+    lora_targets: str | Sequence[str] = ALL_LINEAR,
     quantization: str = "none",
     activation_checkpointing: str = "none",
     seed: int = 0,
@@ -125,15 +123,17 @@ def load_backbone(
     if placement is None:
         model = _load_files(files, dtype, None if files.stored_in_nf4 else packing_config)
     else:
+        folder = placement.together(lambda: files.folder)
         model = load_in_pieces(
-            files.folder, files.config, dtype, placement, packing_config, files.stored_in_nf4, files.options
+            folder, files.config, dtype, placement, packing_config, files.stored_in_nf4, files.options
         )
     model.requires_grad_(False)
     model.config.use_cache = False
     size = _millions(model.parameters())
     reasons = {
         "backbone": f"{files.config.model_type} from {files.source}, {size} M parameters, frozen, "
-        f"{str(dtype).removeprefix('torch.')}, loaded in {time.monotonic() - started:.1f} s",
+        f"{str(dtype).removeprefix('torch.')}, loaded in {time.monotonic() - started:.1f} s"
+        + (f" in pieces by {placement.world_size} processes" if placement is not None else ""),
         "attention": files.attention_reason,
         "lora": "none (lora_rank is 0)",
     }
@@ -144,8 +144,8 @@ def load_backbone(
         quantized = quantized_modules(model)
     wrapped: nn.Module = model
     if lora_rank > 0:
-        targets = _lora_targets(model, lora_targets)
-        wrapped = _add_lora(model, targets, lora_rank, lora_alpha, lora_dropout, seed)
+        targets = lora_targets_of(model, lora_targets)
+        wrapped = add_lora(model, targets, lora_rank, lora_alpha, lora_dropout, seed)
         size = _millions(p for p in wrapped.parameters() if p.requires_grad)
         reasons["lora"] = f"rank {lora_rank} on {len(targets)} linear layers, {size} M parameters, float32"
     if activation_checkpointing != "none":
@@ -180,7 +180,8 @@ class _ModelFiles:
         if self.is_local:
             return self.source
         try:
-            return snapshot_download(self.source, allow_patterns=["*.json", "*.safetensors"])
+            # Some repositories hold the weights a second time, under other names.
+            return snapshot_download(self.source, allow_patterns=["*.json", "model*.safetensors"])
         except _LIBRARY_ERRORS as error:
             raise _no_model(self.source, error) from error
 
@@ -364,56 +365,6 @@ def _hides_progress(source: str, is_local: bool) -> bool:
         return not is_main_process()
     size = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
     return size < _PROGRESS_BAR_FROM_BYTES or not is_main_process()
-
-
-def _lora_targets(model: PreTrainedModel, wanted: str | Sequence[str]) -> list[str]:
-    """Return the full names of the decoder's linear layers that `wanted` matches; `lm_head` is not among them."""
-    decoder = decoder_of(model)
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    linear = [f"{prefix}.{name}" for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise UserError(
-            f"backbone of type {model.config.model_type}: has no linear layers that LoRA could adapt; "
-            f"allowed: decoders such as {', '.join(sorted(MASK_RECIPES))}"
-        )
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
-    if names == [_ALL_LINEAR]:
-        return linear
-    chosen: set[str] = set()
-    for name in names:
-        if name.rpartition(".")[2] == "lm_head":
-            raise UserError(
-                f"LoRA target {name!r}: the vocabulary head is never called, LoRA on it would train nothing; "
-                f"allowed: {_ALL_LINEAR}, or names of the decoder's linear layers"
-            )
-        matched = {full for full in linear if full.endswith(f".{name}")}
-        if not matched:
-            known = ", ".join(sorted({full.rpartition(".")[2] for full in linear}))
-            raise UserError(
-                f"LoRA target {name!r}: matches no linear layer of the decoder; "
-                f"allowed: {_ALL_LINEAR} alone, or {known}"
-            )
-        chosen |= matched
-    if not chosen:
-        raise UserError(f"LoRA targets: none given; allowed: {_ALL_LINEAR} or names of linear layers")
-    return sorted(chosen)
-
-
-def _add_lora(
-    model: PreTrainedModel, targets: list[str], rank: int, alpha: float, dropout: float, seed: int
-) -> nn.Module:
-    lora = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none"
-    )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # PEFT 0.21 reads this property by its old name.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        torch.default_generator.manual_seed(seed)
-        wrapped = get_peft_model(model, lora)
-    trainable = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
-    assert len(trainable) == 2 * len(targets), f"{len(trainable)} LoRA tensors for {len(targets)} linear layers"
-    assert all(p.dtype == torch.float32 and ".lora_" in name for name, p in trainable.items())
-    return wrapped
 
 
 def _checkpoint_activations(model: PreTrainedModel, *, reentrant: bool) -> None:

@@ -97,10 +97,11 @@ def load_in_pieces(
         UserError: a file or a weight is missing, or has another shape than the model.
     """
     files = placement.together(lambda: WeightFiles(source))
-    model = model_without_storage(config, dtype, quantization, stored_in_nf4, options)
+    model = model_without_storage(config, dtype, quantization, files if stored_in_nf4 else None, options)
     if quantization is not None:
         model.is_quantized = model.is_loaded_in_4bit = True
         model.config.quantization_config = quantization
+    placement.together(lambda: refuse_special(model, source))
     # Before any weight is there: the library's function would draw those of a module anew.
     _fill_buffers(model, placement.device)
     names = placement.together(lambda: names_in_files(model, files, source))
@@ -121,14 +122,15 @@ def model_without_storage(
     config: PretrainedConfig,
     dtype: torch.dtype,
     quantization: BitsAndBytesConfig | None,
-    stored_in_nf4: bool = False,
+    packed_files: WeightFiles | None = None,
     options: dict | None = None,
     keep_head: bool = False,
 ) -> PreTrainedModel:
     """Return the causal LM on the meta device, its linear layers replaced by NF4 layers if they are to be packed.
 
     Args:
-        config, dtype, quantization, stored_in_nf4, options: see `load_in_pieces`.
+        config, dtype, quantization, options: see `load_in_pieces`.
+        packed_files: files that hold packed weights already: they say which layers are packed.
         keep_head: whether the vocabulary head stays; it is never packed.
     """
     with torch.device("meta"):
@@ -136,10 +138,49 @@ def model_without_storage(
     head = model.get_output_embeddings()
     model.set_output_embeddings(NeverCalled())
     if quantization is not None:
-        put_packed_layers(model, quantization, stored_in_nf4)
+        put_packed_layers(
+            model, quantization, stored=packed_files is not None, plain=_plain_layers(model, packed_files)
+        )
     if keep_head:
         model.set_output_embeddings(head)
     return model
+
+
+def _plain_layers(model: PreTrainedModel, packed_files: WeightFiles | None) -> list[str]:
+    """Return the linear layers that a publisher left unpacked in files that hold packed weights."""
+    if packed_files is None:
+        return []
+    prefix = f"{model.base_model_prefix}."
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not any(f"{key}.weight.absmax" in packed_files for key in (name, name.removeprefix(prefix)))
+    ]
+
+
+def refuse_special(model: PreTrainedModel, source: str) -> None:
+    """Refuse by name what the library does for some models while it loads and this module does not.
+
+    Raises:
+        UserError: the model has persistent buffers, or weights that stay in float32 whatever the others are.
+    """
+    kept = [
+        name
+        for module_name, module in model.named_modules()
+        for name, _ in module.named_buffers(prefix=module_name, recurse=False)
+        if name.rpartition(".")[2] not in module._non_persistent_buffers_set
+    ]
+    what = ""
+    if kept:
+        what = f"keeps buffers in its files, first {kept[0]}"
+    elif getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
+        what = "keeps some of its weights in float32"
+    if what:
+        raise UserError(
+            f"backbone {source}: model type {model.config.model_type} {what}, which cannot be read in pieces; "
+            "allowed: a training run in one process, or another backbone"
+        )
 
 
 def owners(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:

@@ -5,7 +5,7 @@ layers, however it was loaded. Which process packs what (`model.piecewise`) is n
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 
 import torch
@@ -91,17 +91,18 @@ def method_of(config: PretrainedConfig) -> str | None:
     return _method(stored if isinstance(stored, dict) else stored.to_dict())
 
 
-def put_packed_layers(model: nn.Module, config: BitsAndBytesConfig, stored: bool) -> None:
-    """Put NF4 layers in the place of every linear layer of a model without storage.
+def put_packed_layers(model: nn.Module, config: BitsAndBytesConfig, stored: bool, plain: Sequence[str] = ()) -> None:
+    """Put NF4 layers in the place of the linear layers of a model without storage.
 
     Args:
         model: on the meta device, without its vocabulary head, which stays as it is.
         config: from `nf4_config`.
         stored: whether packed weights will come from files.
+        plain: layers that stay as they are.
     """
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-    replace_with_bnb_linear(model, quantization_config=config, pre_quantized=stored)
+    replace_with_bnb_linear(model, modules_to_not_convert=list(plain), quantization_config=config, pre_quantized=stored)
 
 
 def is_packed(module: nn.Module, name: str) -> bool:

@@ -21,7 +21,14 @@ from transformers import BitsAndBytesConfig, PretrainedConfig
 from aullm_dist.errors import UserError
 from aullm_dist.files import force_to_disk, staged_folder
 from aullm_dist.model.llm import load_config
-from aullm_dist.model.piecewise import model_without_storage, names_in_files, owners, progress, quantise_piece
+from aullm_dist.model.piecewise import (
+    model_without_storage,
+    names_in_files,
+    owners,
+    progress,
+    quantise_piece,
+    refuse_special,
+)
 from aullm_dist.model.quantization import BLOCK, is_packed, method_of, nf4_config
 from aullm_dist.model.weight_files import WeightFiles
 
@@ -127,6 +134,7 @@ def _weights_of(
     config: PretrainedConfig, quantization: BitsAndBytesConfig, files: WeightFiles, base: Path
 ) -> list[_Weight]:
     model = model_without_storage(config, _DTYPE, quantization, keep_head=True)
+    refuse_special(model, str(base))
     names = names_in_files(model, files, str(base))
     weights = []
     for name, parameter_name, module in owners(model):

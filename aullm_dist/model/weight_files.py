@@ -29,7 +29,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _LONGEST_HEADER = 100 * 2**20
-_ALLOWED = "allowed: model.safetensors, or all files that model.safetensors.index.json names, as they were published"
+_ALLOWED = "allowed: model.safetensors, or all files that model.safetensors.index.json names, complete as published"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +69,13 @@ class WeightFiles:
         self.folder = Path(folder)
         self.bytes_read = 0
         self._handles: dict[Path, int] = {}
+        single = self.folder / "model.safetensors"
         index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
+        if index.is_file() and not single.is_file():
             places = _read_index(index)
             files = [self.folder / name for name in sorted(set(places.values()))]
         else:
-            places, files = None, [self.folder / "model.safetensors"]
+            places, files = None, [single]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise UserError(f"backbone {folder}: {missing[0]} is missing ({len(missing)} of {len(files)}); {_ALLOWED}")
@@ -100,7 +101,10 @@ class WeightFiles:
         handle = self._handle(stored.file)
         while done < len(view):
             offset = stored.start + first * stored.dtype.itemsize + done
-            count = os.preadv(handle, [view[done:]], offset)
+            try:
+                count = os.preadv(handle, [view[done:]], offset)
+            except OSError as error:
+                raise UserError(f"{stored.file}: cannot be read ({error.strerror}); {_ALLOWED}") from error
             if count == 0:
                 raise UserError(f"{stored.file}: ends inside {name}; it was cut while it was read")
             done += count
@@ -140,17 +144,20 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             raise UserError(f"{file}: is truncated or no safetensors file; {_ALLOWED}")
         try:
             header = dict(json.loads(stream.read(length)))
-        except (ValueError, TypeError) as error:
+            header.pop("__metadata__", None)
+            entries = [
+                (name, str(entry["dtype"]), tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
+                for name, entry in header.items()
+            ]
+        except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{file}: has a damaged header; {_ALLOWED}") from error
-    header.pop("__metadata__", None)
     tensors, end = {}, 0
-    for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise UserError(f"{file}: {name} has dtype {entry['dtype']}; allowed: {', '.join(_DTYPES)}")
-        begin, stop = entry["data_offsets"]
-        stored = StoredTensor(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)
-        if stored.nbytes != stop - begin:
-            raise UserError(f"{file}: {name} has {stop - begin} bytes for shape {stored.shape}; {_ALLOWED}")
+    for name, dtype, shape, begin, stop in entries:
+        if dtype not in _DTYPES:
+            raise UserError(f"{file}: {name} has dtype {dtype}; allowed: {', '.join(_DTYPES)}")
+        stored = StoredTensor(file, _DTYPES[dtype], shape, 8 + length + begin)
+        if begin < 0 or stored.nbytes != stop - begin:
+            raise UserError(f"{file}: {name} has {stop - begin} bytes for shape {shape}; {_ALLOWED}")
         tensors[name], end = stored, max(end, stop)
     if 8 + length + end != size:
         raise UserError(f"{file}: is truncated, {size} bytes of {8 + length + end}; {_ALLOWED}")

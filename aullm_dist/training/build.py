@@ -35,7 +35,7 @@ class BuiltModel:
     """A model and what the trainer must know of it.
 
     Attributes:
-        model: `AULLM` or `LedCnnBaseline`, on the CPU.
+        model: `AULLM` or `LedCnnBaseline`; on the CPU, but for an LLM that was loaded onto its device.
         model_config: what defines its function; stored in checkpoints and compared at resume.
         base: identity of the LLM; None for the baseline.
         relations: the AU graph's edges; None without a graph.

@@ -15,6 +15,7 @@ is pickled.
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,30 @@ def save_checkpoint(
     return target
 
 
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """A checkpoint that was read and is of the model at hand, of which nothing has been changed yet."""
+
+    trainer: dict[str, Any]
+    """The trainer state as it was handed to `save_checkpoint`, with `step`."""
+    plan: list[PlannedTensor]
+    values: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Tensor]]
+
+    def apply(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Overwrite the model it was read for, and the optimizer if given; an engine may talk, so every process calls.
+
+        With an optimizer the parameters come from the fp32 masters, without one from the model files in the dtype that
+        the run computed with; in an fp32 run these are the same bits.
+        """
+        for item in self.plan:
+            entries = dict(self.optimizer.get(item.name, {}))
+            master = entries.pop("master", None) if optimizer is not None else None
+            engine_state.set_tensor(item.tensor, self.values[item.name] if master is None else master)
+            if optimizer is not None and item.trainable:
+                engine_state.set_optimizer_state(optimizer, item.tensor, entries)
+
+
 def load_checkpoint(
     folder: Path | str,
     model: nn.Module,
@@ -134,21 +159,39 @@ def load_checkpoint(
     base: Mapping[str, Any] | None = None,
     mode: VerifyMode = "hash",
 ) -> dict[str, Any]:
-    """Restore a model, and the optimizer if given, bit for bit; nothing is changed before all of it has been checked.
+    """Restore a model, and the optimizer if given, bit for bit: `read_checkpoint`, then `SavedState.apply`.
 
-    With an optimizer the parameters come from the fp32 masters, without one from the model files in the dtype that the
-    run computed with; in an fp32 run these are the same bits.
+    Returns:
+        The trainer state as it was handed to `save_checkpoint`, with `step`.
+
+    Raises:
+        UserError: as `read_checkpoint` does; then nothing was changed.
+    """
+    saved = read_checkpoint(
+        folder, model, with_optimizer=optimizer is not None, model_config=model_config, base=base, mode=mode
+    )
+    saved.apply(optimizer)
+    return saved.trainer
+
+
+def read_checkpoint(
+    folder: Path | str,
+    model: nn.Module,
+    *,
+    with_optimizer: bool,
+    model_config: Mapping[str, Any] | None = None,
+    base: Mapping[str, Any] | None = None,
+    mode: VerifyMode = "hash",
+) -> SavedState:
+    """Read a checkpoint and check that it is complete and of this model, without talking to other processes.
 
     Args:
         folder: A checkpoint folder.
         model: A model like the one that was saved (see `tensor_plan`).
-        optimizer: Built over the same trainables; its param groups stay as they are.
+        with_optimizer: Whether the optimizer is to be restored as well; then the same parameters must be trained.
         model_config: What defines this model; compared when given, key by key.
         base: Identity of this run's LLM; compared when given.
         mode: How the files are verified (`verify_checkpoint`).
-
-    Returns:
-        The trainer state as it was handed to `save_checkpoint`, with `step`.
 
     Raises:
         UserError: If a file is missing, truncated or altered, or if the checkpoint is of another model.
@@ -168,17 +211,15 @@ def load_checkpoint(
         base=base,
         saved_adapter=_read_json(folder / ADAPTER_CONFIG_FILE) if ADAPTER_CONFIG_FILE in manifest["files"] else None,
         adapter_config=_adapter_config(model, None) if peft_model_of(model) is not None else None,
-        with_optimizer=optimizer is not None,
+        with_optimizer=with_optimizer,
     )
     tensors = {name: load_file(folder / name) for name in (ADAPTER_FILE, MODULES_FILE) if name in manifest["files"]}
-    saved = _read_optimizer(folder) if optimizer is not None else {}
-    for item in plan:
-        entries = dict(saved.get(item.name, {}))
-        value = entries.pop("master", None)
-        engine_state.set_tensor(item.tensor, tensors[item.file][item.key] if value is None else value)
-        if optimizer is not None and item.trainable:
-            engine_state.set_optimizer_state(optimizer, item.tensor, entries)
-    return _read_json(folder / STATE_FILE)
+    return SavedState(
+        trainer=_read_json(folder / STATE_FILE),
+        plan=plan,
+        values={item.name: tensors[item.file][item.key] for item in plan},
+        optimizer=_read_optimizer(folder) if with_optimizer else {},
+    )
 
 
 def _gather(plan: list[PlannedTensor], optimizer: torch.optim.Optimizer | None, is_writer: bool) -> TensorFiles:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -12,11 +13,13 @@ from aullm_dist.config import Strategy, TrainingConfig, load_strategy, refuse_la
 from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.log import get_logger
 from aullm_dist.model.quiet import name_deepspeed_accelerator
-from aullm_dist.training.engine import deepspeed_plugin, is_zero, load_whole
+from aullm_dist.training.engine import deepspeed_plugin, hide_from_transformers, is_zero
 
 T = TypeVar("T")
 logger = get_logger(__name__)
 
+# The others wait while the main process prepares data or hashes a large checkpoint; NCCL's own ten minutes are short.
+_TIMEOUT = timedelta(hours=1)
 _PRECISIONS = {
     "fp32": "float32 throughout (training.precision: fp32)",
     "bf16": "forward pass in bfloat16; what is trained, and its optimizer state, in float32 (training.precision: bf16)",
@@ -33,14 +36,15 @@ def start(training: TrainingConfig) -> Accelerator:
     strategy = load_strategy(training.strategy)
     processes = _processes(training)
     refuse_launcher(strategy, training, os.environ)
-    name_deepspeed_accelerator()
     use_cpu = not torch.cuda.is_available()
     sharded = strategy.deepspeed is not None
+    _refuse_devices(use_cpu)
+    name_deepspeed_accelerator()
     accelerator = Accelerator(
         # With cpu=True Accelerate forgets the plugin in silence and runs DDP; without it and without a backend, every
         # process of a CPU machine would train alone.
         cpu=use_cpu and not sharded,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if use_cpu and sharded else None,
+        kwargs_handlers=[InitProcessGroupKwargs(**({"backend": "gloo"} if use_cpu else {}), timeout=_TIMEOUT)],
         # Mixed precision is part of the model, the same in every engine.
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -50,7 +54,7 @@ def start(training: TrainingConfig) -> Accelerator:
     )
     assert is_zero(accelerator) == sharded, f"{strategy.name} became {accelerator.distributed_type}"
     if sharded:
-        load_whole()
+        hide_from_transformers()
     if accelerator.num_processes != processes:
         raise UserError(
             f"the launcher started {processes} processes, but {accelerator.num_processes} found each other; "
@@ -70,8 +74,9 @@ def start(training: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def stop() -> None:
-    """End the process group, if there is one."""
+def stop(accelerator: Accelerator) -> None:
+    """End the process group once every process is there: one that leaves early takes down one that still talks."""
+    accelerator.wait_for_everyone()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -129,6 +134,27 @@ def _refuse_lost_processes() -> None:
         )
 
 
+def _refuse_devices(use_cpu: bool) -> None:
+    """Refuse what makes the libraries disagree about the device."""
+    if not use_cpu and os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
+        raise UserError(
+            "the launcher was given --cpu on a machine with GPUs; drop the flag, or hide the GPUs with "
+            "CUDA_VISIBLE_DEVICES="
+        )
+    wanted = "cpu" if use_cpu else "cuda"
+    if os.environ.get("DS_ACCELERATOR", wanted) != wanted:
+        raise UserError(
+            f"the environment has DS_ACCELERATOR={os.environ['DS_ACCELERATOR']}, but this machine is used by its "
+            f"{wanted.upper()}; unset it"
+        )
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not use_cpu and processes > torch.cuda.device_count():
+        raise UserError(
+            f"the launcher started {processes} processes on a machine with {torch.cuda.device_count()} GPUs; allowed: "
+            "one process for each GPU"
+        )
+
+
 def _threads_per_process() -> int:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, len(os.sched_getaffinity(0)) // local)
@@ -151,7 +177,9 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
     errors = gather_object([error]) if accelerator.num_processes > 1 else [error]
     for rank, problem in enumerate(errors):
         if problem is not None:
-            raise problem if rank == 0 else type(problem)(f"process {rank}: {problem}")
+            told = problem if rank == 0 else type(problem)(f"process {rank}: {problem}")
+            told.told_to_all = True
+            raise told
     return result  # type: ignore[return-value]
 
 

@@ -38,11 +38,10 @@ def deepspeed_plugin(strategy: Strategy, training: TrainingConfig, processes: in
     return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
 
 
-def load_whole() -> None:
-    """Have transformers load the LLM whole on every process; the engine partitions it when it is prepared.
+def hide_from_transformers() -> None:
+    """Keep transformers from dividing an LLM by itself while it loads.
 
-    Under ZeRO-3 transformers would partition while it loads, whatever Accelerate's zero3_init_flag says, but an
-    unquantised LLM only; then its embeddings, for one, could not be looked at before the engine runs.
+    Under ZeRO-3 it would, whatever Accelerate's zero3_init_flag says, but an unquantised LLM only.
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

@@ -24,7 +24,7 @@ from aullm_dist.log import all_loggers, get_logger
 from aullm_dist.model.aullm import Ablation
 from aullm_dist.training.batches import Batch, training_loader
 from aullm_dist.training.build import BuiltModel, evaluation_recipe, training_recipe
-from aullm_dist.training.checkpoint import load_checkpoint, save_checkpoint
+from aullm_dist.training.checkpoint import read_checkpoint, save_checkpoint
 from aullm_dist.training.context import on_main, together
 from aullm_dist.training.engine import clip_gradients
 from aullm_dist.training.heldout import Answers, HeldOut, Score
@@ -313,20 +313,22 @@ class FoldTrainer:
         newest = on_main(self.accelerator, lambda: find_newest_valid(self.paths.checkpoints, logger))
         if newest is None:
             return 0
-        state = together(
+        # Reading may fail on one process alone; only what all have read is handed to the engine, which may talk.
+        saved = together(
             self.accelerator,
-            lambda: load_checkpoint(
+            lambda: read_checkpoint(
                 newest,
                 self.built.model,
-                self.optimizer,
+                with_optimizer=True,
                 model_config=self.built.model_config,
                 base=self.built.base,
                 mode="size",  # the main process has just read every byte of it
             ),
         )
-        self.bad_steps = state["bad_steps"]
+        saved.apply(self.optimizer)
+        self.bad_steps = saved.trainer["bad_steps"]
         logger.info("Fold %d: resumed from %s", self.fold.index, newest)
-        return min(int(state["step"]), self.total_steps)
+        return min(int(saved.trainer["step"]), self.total_steps)
 
 
 class _LossLog:

@@ -55,7 +55,8 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
     built.model.to(accelerator.device)
     initial = _snapshot(built.model)
     model, optimizer = engine.prepare(accelerator, built.model, build_optimizer(built.model, config.training))
-    _self_check(config, built)
+    # Fails, if at all, after its last forward pass: no process leaves another in the engine.
+    together(accelerator, lambda: _self_check(config, built))
     on_main(accelerator, lambda: workspace.open_run(folder, config, mode, plan, store.fingerprint, sharding))
     for fold in chosen:
         start = initial

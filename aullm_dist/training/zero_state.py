@@ -1,8 +1,8 @@
 """Whole values of parameters that DeepSpeed ZeRO keeps in pieces, and of their optimizer state.
 
 ZeRO-1 and -2 hold every parameter whole and cut flat fp32 copies of the trainables, with AdamW's state, over the
-processes (`_hp_mapping`); ZeRO-3 also cuts the parameters (`ds_id`). All functions are collective: every process calls
-them for the same parameters in the same order. Only the parameter asked for is ever gathered.
+processes (`_hp_mapping`); ZeRO-3 also cuts the parameters (`ds_id`). What reads or writes values is collective: every
+process calls it for the same parameters in the same order. Only the parameter asked for is ever gathered.
 """
 
 from collections.abc import Mapping, Sequence

@@ -142,6 +142,31 @@ def test_stored_nf4_is_taken_as_it_is(folders, world_size):
         assert_same(expected, model)
 
 
+def test_layers_that_a_publisher_left_unpacked_stay_so(folders, tmp_path):
+    config = nf4_config(torch.bfloat16)
+    config.llm_int8_skip_modules = ["model.layers.0.mlp.down_proj", "lm_head"]
+    source = AutoModelForCausalLM.from_pretrained(folders("llama"), dtype=torch.bfloat16, quantization_config=config)
+    source.save_pretrained(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    (model,) = load(tmp_path, 1, torch.bfloat16, nf4_config(torch.bfloat16), stored=True)
+    assert not hasattr(model.model.layers[0].mlp.down_proj.weight, "quant_state")
+    assert_same(expected, model)
+
+
+def test_a_model_with_buffers_in_its_files_is_refused_by_name(folders, monkeypatch):
+    build = AutoModelForCausalLM.from_config
+
+    def with_buffer(*args, **kwargs):
+        model = build(*args, **kwargs)
+        model.model.register_buffer("layer_scale", torch.ones(1))
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", with_buffer)
+    config = AutoConfig.from_pretrained(folders("llama"))
+    with pytest.raises(UserError, match="llama keeps buffers in its files, first model.layer_scale"):
+        load_in_pieces(str(folders("llama")), config, torch.float32, Threads(0, 1, {"barrier": threading.Barrier(1)}))
+
+
 def test_the_processes_read_each_byte_once(folders, monkeypatch):
     readers = []
     monkeypatch.setattr(WeightFiles, "close", lambda self: readers.append(self))
@@ -205,6 +230,7 @@ def test_shards_are_read_through_the_index(folders, tmp_path):
         (lambda f: (f / "b.safetensors").write_bytes((f / "b.safetensors").read_bytes()[:-9]), "is truncated"),
         (lambda f: (f / "b.safetensors").write_bytes(b"12345"), "is truncated or no safetensors file"),
         (lambda f: (f / "b.safetensors").write_bytes(b"\x08" + bytes(7) + b"12345678" * 9), "damaged header"),
+        (lambda f: (f / "b.safetensors").write_bytes(b"\x08" + bytes(7) + b'{"a":{}}'), "damaged header"),
         (lambda f: shutil.copy(f / "a.safetensors", f / "b.safetensors"), "does not hold"),
         (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "is no index"),
     ],
