@@ -44,7 +44,9 @@ def start(training: TrainingConfig) -> Accelerator:
         # With cpu=True Accelerate forgets the plugin in silence and runs DDP; without it and without a backend, every
         # process of a CPU machine would train alone.
         cpu=use_cpu and not sharded,
-        kwargs_handlers=[InitProcessGroupKwargs(**({"backend": "gloo"} if use_cpu else {}), timeout=_TIMEOUT)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(**({"backend": "gloo"} if use_cpu and sharded else {}), timeout=_TIMEOUT)
+        ],
         # Mixed precision is part of the model, the same in every engine.
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(
