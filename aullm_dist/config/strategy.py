@@ -23,6 +23,26 @@ _OURS = {
     "scheduler": "the schedule is that of the run file",
 }
 _PRECISION_SECTIONS = ("bf16", "fp16", "torch_autocast", "amp")
+# What may stand beside `zero_optimization` and the values of the run file: messages and timings. DeepSpeed passes over
+# keys that it does not know, so a misspelt one would be lost in silence.
+_MAY_STAND = (
+    "comms_logger",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+)
+_NOT_OFFERED = {
+    "offload_optimizer": "DeepSpeed would put an optimizer of its own in the place of AdamW",
+    "offload_param": "it was not tried with this trainer",
+    "zero_hpz_partition_size": "it was not tried with this trainer",
+    "mics_shard_size": "it was not tried with this trainer",
+    "zero_quantized_weights": "packed NF4 weights would be rounded as if they were numbers",
+    "zero_quantized_nontrainable_weights": "packed NF4 weights would be rounded as if they were numbers",
+    "zero_quantized_gradients": "it would change the gradients",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +140,20 @@ def _refuse_what_is_ours(path: Path, content: Mapping[str, Any]) -> None:
                 f"{path}: has a section {key!r}, which would also cast what is trained; remove it: the precision is "
                 "training.precision"
             )
+    values = list(values_of_run_file(TrainingConfig(), 1))
+    known = [*values, "zero_optimization", *_MAY_STAND]
+    for key in content:
+        if key not in (*known, *_PRECISION_SECTIONS):
+            raise UserError(f"{path}: key {key!r} is not used by this trainer; allowed: {', '.join(known)}")
+    for key, why in _NOT_OFFERED.items():
+        value = content["zero_optimization"].get(key)
+        device = value.get("device", "none") if isinstance(value, dict) else value
+        # hpZ and MiCS are off at 1 and -1.
+        if device is True or device not in (None, False, "none", 1, -1):
+            raise UserError(f"{path}: zero_optimization.{key} is not offered: {why}; remove it")
     for name in _autos(content):
-        if name not in values_of_run_file(TrainingConfig(), 1):
-            raise UserError(
-                f'{path}: {name} is "auto"; allowed: a value ("auto" is for '
-                f"{', '.join(values_of_run_file(TrainingConfig(), 1))})"
-            )
+        if name not in values:
+            raise UserError(f'{path}: {name} is "auto"; allowed: a value ("auto" is for {", ".join(values)})')
 
 
 def _autos(content: Mapping[str, Any], prefix: str = "") -> list[str]:

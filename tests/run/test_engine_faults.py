@@ -95,14 +95,16 @@ def test_a_damaged_backbone_is_named_before_anything_is_allocated(tiny_dataset, 
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_and_then_ends_the_run(tiny_dataset, tiny_llm, tmp_path):
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_gradient_that_is_not_finite_is_skipped_and_then_ends_the_run(tiny_dataset, tiny_llm, tmp_path, strategy):
     settings = short(
-        tiny_dataset, tiny_llm, tmp_path / "run", training__strategy="zero2", training__lr_new=1e30,
+        tiny_dataset, tiny_llm, tmp_path / "run", training__strategy=strategy, training__lr_new=1e30,
         training__max_bad_steps=2, training__max_steps=9, training__save_every_steps=None,
     )  # fmt: skip
     result = launch(*settings, processes=2)
     assert result.stderr.count("the gradient is not finite; skipped") == 2
     assert "not finite in 2 steps in a row" in result.stderr
+    assert result.stderr.count("train.py: error:") == 1
 
 
 def test_two_machines_need_no_pdsh(tiny_dataset, tiny_llm, tmp_path):

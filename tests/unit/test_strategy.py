@@ -39,7 +39,8 @@ def test_autos_are_filled_in_from_the_run_file():
 
 
 def test_a_file_that_says_the_same_is_accepted(tmp_path):
-    path = write(tmp_path, train_batch_size=16, gradient_clipping=1.0, bf16={"enabled": False})
+    zero = {"stage": 3, "offload_param": {"device": "none"}, "zero_hpz_partition_size": 1, "mics_shard_size": -1}
+    path = write(tmp_path, train_batch_size=16, gradient_clipping=1.0, bf16={"enabled": False}, zero_optimization=zero)
     assert load_strategy(path).resolved(TRAINING, processes=1)["gradient_accumulation_steps"] == 4
 
 
@@ -70,6 +71,13 @@ def test_a_file_that_contradicts_the_run_file(tmp_path, content, message):
         ({"zero_optimization": {"stage": True}}, "allowed: 1, 2 or 3"),
         ({"zero_optimization": {}}, "allowed: 1, 2 or 3"),
         ({"zero_optimization": 3}, "allowed: 1, 2 or 3"),
+        ({"gradient_clip": 0.5}, "key 'gradient_clip' is not used by this trainer; allowed: train_batch_size"),
+        ({"communication_data_type": "bf16"}, "'communication_data_type' is not used"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "'data_types' is not used"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param is not offered"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "AdamW"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size is not offered"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "packed NF4 weights"),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size"),
     ],
 )
