@@ -49,6 +49,8 @@ def staged_folder(target: Path, publish: Callable[[Path, Path], object] = os.ren
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.parent / f".{target.name}.tmp-{os.getpid()}"
+    # Containers reuse process ids, so a killed process may have left one of this name.
+    shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
         yield staging
