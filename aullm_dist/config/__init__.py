@@ -13,6 +13,7 @@ from aullm_dist.config.schema import (
     MonitorConfig,
     TrainingConfig,
 )
+from aullm_dist.config.sharding import offloaded_to
 from aullm_dist.config.shipped import configs_folder, find_config
 from aullm_dist.config.strategy import DDP, Strategy, load_strategy
 
@@ -30,6 +31,7 @@ __all__ = [
     "from_dict",
     "load",
     "load_strategy",
+    "offloaded_to",
     "refuse_launcher",
     "to_dict",
 ]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from aullm_dist.config.schema import TrainingConfig
+from aullm_dist.config.sharding import offloaded_to
 from aullm_dist.config.strategy import Strategy, strategy_names
 from aullm_dist.errors import UserError
 
@@ -17,7 +18,7 @@ def refuse_launcher(strategy: Strategy, training: TrainingConfig, environment: M
     _refuse_other_engine(strategy, environment)
     accumulation = training.global_batch // (training.micro_batch * int(environment.get("WORLD_SIZE", "1")))
     zero = strategy.deepspeed["zero_optimization"] if strategy.deepspeed is not None else {}
-    offload = {name: (zero.get(f"offload_{name}") or {}).get("device", "none") for name in ("optimizer", "param")}
+    offload = {name: offloaded_to(zero, name) for name in ("optimizer", "param")}
     flags = [
         ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "--zero_stage", strategy.stage, f"training.strategy is {strategy.name}"),
         (

@@ -133,8 +133,9 @@ class TrainingConfig:
     micro_batch: int = 16
     """Clips per forward pass of one process."""
     strategy: str = "ddp"
-    """How the run is distributed: `ddp` (every process holds everything), `zero1`, `zero2`, `zero3` (a JSON of
-    configs/deepspeed) or the path of a DeepSpeed JSON of your own."""
+    """How the run is distributed: `ddp` (every process holds everything), the name of a JSON of configs/deepspeed
+    (`zero1`, `zero2`, `zero3`, `zero3_hpz`, and `zero2` and `zero3` with offloading) or the path of a DeepSpeed JSON of
+    your own."""
     processes: int | None = None
     """Processes the run must have; null accepts what the launcher started."""
     cpu_threads: int | None = None

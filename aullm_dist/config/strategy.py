@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from aullm_dist.config.schema import TrainingConfig
+from aullm_dist.config.sharding import HPZ, fill_sharding, refuse_sharding
 from aullm_dist.config.shipped import configs_folder
 from aullm_dist.errors import UserError
 
@@ -23,8 +24,8 @@ _OURS = {
     "scheduler": "the schedule is that of the run file",
 }
 _PRECISION_SECTIONS = ("bf16", "fp16", "torch_autocast", "amp")
-# What may stand beside `zero_optimization` and the values of the run file: messages and timings. DeepSpeed passes over
-# keys that it does not know, so a misspelt one would be lost in silence.
+# What may stand beside `zero_optimization` and the values of the run file: messages, timings, whose optimizer.
+# DeepSpeed passes over keys that it does not know, so a misspelt one would be lost in silence.
 _MAY_STAND = (
     "comms_logger",
     "dump_state",
@@ -33,16 +34,8 @@ _MAY_STAND = (
     "steps_per_print",
     "wall_clock_breakdown",
     "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
 )
-_NOT_OFFERED = {
-    "offload_optimizer": "DeepSpeed would put an optimizer of its own in the place of AdamW",
-    "offload_param": "it was not tried with this trainer",
-    "zero_hpz_partition_size": "it was not tried with this trainer",
-    "mics_shard_size": "it was not tried with this trainer",
-    "zero_quantized_weights": "packed NF4 weights would be rounded as if they were numbers",
-    "zero_quantized_nontrainable_weights": "packed NF4 weights would be rounded as if they were numbers",
-    "zero_quantized_gradients": "it would change the gradients",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +54,16 @@ class Strategy:
     deepspeed: Mapping[str, Any] | None = None
     file: Path | None = None
 
-    def resolved(self, training: TrainingConfig, processes: int) -> dict[str, Any] | None:
-        """Return the DeepSpeed configuration with every "auto" filled in from the run file; None for DDP.
+    def resolved(self, training: TrainingConfig, processes: int, per_node: int | None = None) -> dict[str, Any] | None:
+        """Return the DeepSpeed configuration with every "auto" filled in; None for DDP.
+
+        Args:
+            training: the run file's values.
+            processes: of the run.
+            per_node: processes on each machine; None if all are on one.
 
         Raises:
-            UserError: the JSON sets a value that contradicts the run file.
+            UserError: the JSON sets a value that contradicts the run file or the number of processes.
         """
         if self.deepspeed is None:
             return None
@@ -75,6 +73,7 @@ class Strategy:
             if given not in ("auto", value):
                 raise UserError(f'{self.file}: {key} is {given!r}, but {source}; allowed: "auto", or leave it out')
             config[key] = value
+        fill_sharding(self.file, config, processes, per_node or processes)
         return config
 
 
@@ -105,6 +104,7 @@ def load_strategy(name: str) -> Strategy:
             f"{path}: zero_optimization.stage is {stage!r}; allowed: 1, 2 or 3 (strategy {DDP} shards nothing)"
         )
     _refuse_what_is_ours(path, content)
+    refuse_sharding(path, content)
     return Strategy(name, stage, content, path)
 
 
@@ -145,15 +145,10 @@ def _refuse_what_is_ours(path: Path, content: Mapping[str, Any]) -> None:
     for key in content:
         if key not in (*known, *_PRECISION_SECTIONS):
             raise UserError(f"{path}: key {key!r} is not used by this trainer; allowed: {', '.join(known)}")
-    for key, why in _NOT_OFFERED.items():
-        value = content["zero_optimization"].get(key)
-        device = value.get("device", "none") if isinstance(value, dict) else value
-        # hpZ and MiCS are off at 1 and -1.
-        if device is True or device not in (None, False, "none", 1, -1):
-            raise UserError(f"{path}: zero_optimization.{key} is not offered: {why}; remove it")
+    filled = (*values, f"zero_optimization.{HPZ}")
     for name in _autos(content):
-        if name not in values:
-            raise UserError(f'{path}: {name} is "auto"; allowed: a value ("auto" is for {", ".join(values)})')
+        if name not in filled:
+            raise UserError(f'{path}: {name} is "auto"; allowed: a value ("auto" is for {", ".join(filled)})')
 
 
 def _autos(content: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -31,11 +31,16 @@ def deepspeed_plugin(strategy: Strategy, training: TrainingConfig, processes: in
     Raises:
         UserError: DeepSpeed is not installed, or refuses the JSON.
     """
-    config = strategy.resolved(training, processes)
+    config = strategy.resolved(training, processes, processes_here())
     _import_deepspeed(strategy)
     _check_zero_section(strategy, config["zero_optimization"])
     _stand_alone()
     return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
+
+
+def processes_here() -> int | None:
+    """Return the number of processes that the launcher started on this machine, None if it did not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
 
 
 def hide_from_transformers() -> None:

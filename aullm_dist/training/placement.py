@@ -70,9 +70,13 @@ class Divided(Whole):
         super().__init__(accelerator)
         # An empty module: it has nothing to divide, but DeepSpeed's memory-saving linear function comes with one.
         self._init = _own_pieces_class()(module=nn.Module(), config_dict_or_path=dict(deepspeed))
+        self._second_copy = deepspeed["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
 
     def settle(self, parameter: nn.Parameter) -> None:
         """Divide the parameter; the space of the other pieces is given back."""
+        if self._second_copy:
+            # ZeRO++ hpZ divides it a second time, inside each node: a larger piece than the one that was read here.
+            super().settle(parameter)
         parameter.aullm_own_piece = True
         self._init._convert_to_zero_parameters([parameter])
 

@@ -48,7 +48,9 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
         chosen = (together(accelerator, lambda: select_fold(plan.folds, config.data.fold)),)
     _report_data(store, plan)
     llm_path = on_main(accelerator, lambda: workspace.backbone_of(config))
-    sharding = load_strategy(config.training.strategy).resolved(config.training, accelerator.num_processes)
+    sharding = load_strategy(config.training.strategy).resolved(
+        config.training, accelerator.num_processes, engine.processes_here()
+    )
     placement = placement_of(accelerator, sharding)
     # Not in `together`: the processes talk while they load, and agree there on what each finds in its files.
     built = build_model(config, plan.aus, llm_path, placement)

@@ -16,7 +16,9 @@ def write(tmp_path, **content) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(("name", "stage"), [("ddp", 0), ("zero1", 1), ("zero2", 2), ("zero3", 3)])
+@pytest.mark.parametrize(
+    ("name", "stage"), [("ddp", 0), ("zero1", 1), ("zero2", 2), ("zero2_offload", 2), ("zero3", 3)]
+)
 def test_shipped_strategies(name, stage):
     strategy = load_strategy(name)
     assert strategy.stage == stage
@@ -74,10 +76,6 @@ def test_a_file_that_contradicts_the_run_file(tmp_path, content, message):
         ({"gradient_clip": 0.5}, "key 'gradient_clip' is not used by this trainer; allowed: train_batch_size"),
         ({"communication_data_type": "bf16"}, "'communication_data_type' is not used"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "'data_types' is not used"),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param is not offered"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "AdamW"),
-        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size is not offered"),
-        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "packed NF4 weights"),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size"),
     ],
 )
@@ -104,7 +102,7 @@ def test_a_file_that_is_no_configuration(tmp_path, text, message):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(UserError, match="allowed: ddp, zero1, zero2, zero3, or the path"):
+    with pytest.raises(UserError, match="allowed: ddp, zero1, zero2, zero2_offload, zero3, .*, or the path"):
         load_strategy("zero4")
 
 
