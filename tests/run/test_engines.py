@@ -97,19 +97,21 @@ def test_nf4_in_float32_is_the_same_in_every_engine(train, engine):
     agree(train("ddp", "nf4_fp32"), train(engine, "nf4_fp32"), FLOAT32)
 
 
-@pytest.mark.parametrize("engine", ENGINES[1:])
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3_all"])
 @pytest.mark.parametrize("precision", ["bf16", "nf4"])
 def test_bfloat16_agrees_to_its_rounding(train, engine, precision):
     agree(train("ddp", precision), train(engine, precision), BFLOAT16)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3_all"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3_all"])
 def test_packed_and_padded_agree(train, engine):
     agree(train(engine), train(engine, model__packing=False), FLOAT32)
 
 
-@pytest.mark.parametrize("kind", ["reentrant", "non_reentrant"])
-@pytest.mark.parametrize(("engine", "precision"), [("ddp", "fp32"), ("zero3_all", "nf4_fp32")])
+@pytest.mark.parametrize(
+    ("engine", "precision", "kind"),
+    [("ddp", "fp32", "reentrant"), ("zero3_all", "nf4_fp32", "reentrant"), ("zero3_all", "nf4_fp32", "non_reentrant")],
+)
 def test_recomputed_activations_change_nothing(train, engine, precision, kind):
     agree(train(engine, precision), train(engine, precision, model__activation_checkpointing=kind), FLOAT32)
 
