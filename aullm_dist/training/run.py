@@ -81,7 +81,9 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
 def _self_check(config: Config, built: BuiltModel) -> None:
     """Check the packed forward against the padded one on the real backbone, as the engine holds it."""
     if config.model.packing and isinstance(built.model, AULLM):
-        deviation = built.model.self_check()
+        # The reasoner's own parameters: what gathers them is its forward pass, and the check goes around that.
+        with engine_state.gathered(built.model.reasoner.parameters(recurse=False)):
+            deviation = built.model.self_check()
         logger.info("Packing: differs from the padded forward on this backbone by %.1e (relative)", deviation)
 
 
