@@ -9,9 +9,13 @@ class UserError(ValueError):
     """
 
     EXIT_CODE = 2
+    told_to_all = False
+    """Whether every process of the run raises it, so that the main process alone need say it."""
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or would not have been complete; nothing of it is left on disk."""
 
     EXIT_CODE = 1
+    told_to_all = False
+    """As in `UserError`."""

@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         return 130
 
 
-def _report(error: Exception) -> None:
+def _report(error: UserError | CheckpointError) -> None:
     """Write the line that ends the run; the main process does, unless this process alone knows of the error.
 
     A launcher ends all processes of a machine when one of them ends. So the others wait for that, or an early one would
@@ -82,7 +82,7 @@ def _report(error: Exception) -> None:
     who = ""
     if not log.is_main_process():
         time.sleep(_GRACE_SECONDS + _MORE_SECONDS * int(os.environ.get("LOCAL_RANK", "0")))
-        if getattr(error, "told_to_all", False):
+        if error.told_to_all:
             return
         who = f"process {os.environ['RANK']}: "
     sys.stderr.write(f"train.py: error: {who}{error}\n")

@@ -15,10 +15,9 @@ from aullm_dist.config.schema import (
 )
 from aullm_dist.config.sharding import offloaded_to
 from aullm_dist.config.shipped import configs_folder, find_config
-from aullm_dist.config.strategy import DDP, Strategy, load_strategy
+from aullm_dist.config.strategy import Strategy, load_strategy
 
 __all__ = [
-    "DDP",
     "Config",
     "CounterfactualConfig",
     "DataConfig",

@@ -16,7 +16,7 @@ def refuse_launcher(strategy: Strategy, training: TrainingConfig, environment: M
         UserError: naming the flag and the setting.
     """
     _refuse_other_engine(strategy, environment)
-    accumulation = training.global_batch // (training.micro_batch * int(environment.get("WORLD_SIZE", "1")))
+    accumulation = training.accumulation(int(environment.get("WORLD_SIZE", "1")))
     zero = strategy.deepspeed["zero_optimization"] if strategy.deepspeed is not None else {}
     offload = {name: offloaded_to(zero, name) for name in ("optimizer", "param")}
     flags = [

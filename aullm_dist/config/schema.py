@@ -166,6 +166,10 @@ class TrainingConfig:
     deterministic: bool = True
     """Ask torch for deterministic algorithms; a resumed CPU run is then bit-identical."""
 
+    def accumulation(self, processes: int) -> int:
+        """Return the micro-batches of one process in an optimizer step."""
+        return self.global_batch // (self.micro_batch * processes)
+
 
 @dataclass(kw_only=True, slots=True)
 class MonitorConfig:

@@ -164,7 +164,7 @@ def _autos(content: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 def values_of_run_file(training: TrainingConfig, processes: int) -> dict[str, tuple[float, str]]:
     """Return, by DeepSpeed's key, what the run file says, and how to name it in a message."""
-    accumulation = training.global_batch // (training.micro_batch * processes)
+    accumulation = training.accumulation(processes)
     return {
         "train_batch_size": (training.global_batch, f"training.global_batch is {training.global_batch}"),
         "train_micro_batch_size_per_gpu": (training.micro_batch, f"training.micro_batch is {training.micro_batch}"),

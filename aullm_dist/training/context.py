@@ -50,7 +50,7 @@ def start(training: TrainingConfig) -> Accelerator:
         # Mixed precision is part of the model, the same in every engine.
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=training.global_batch // (training.micro_batch * processes), sync_with_dataloader=False
+            num_steps=training.accumulation(processes), sync_with_dataloader=False
         ),
         deepspeed_plugin=deepspeed_plugin(strategy, training, processes) if sharded else None,
     )

@@ -20,9 +20,6 @@ from torch import nn
 
 from aullm_dist.config import Strategy, TrainingConfig
 from aullm_dist.errors import UserError
-from aullm_dist.log import get_logger
-
-logger = get_logger(__name__)
 
 
 def deepspeed_plugin(strategy: Strategy, training: TrainingConfig, processes: int) -> DeepSpeedPlugin:

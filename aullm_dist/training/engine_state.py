@@ -26,7 +26,7 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]
 
 def full_shape(param: Tensor) -> tuple[int, ...]:
     """Return the shape that `full_tensor` would give, without gathering."""
-    return zero_state.full_shape(param) if zero_state.is_managed(param) else tuple(param.shape)
+    return zero_state.full_shape(param)
 
 
 def full_master(param: nn.Parameter) -> Tensor:

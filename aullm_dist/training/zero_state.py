@@ -22,7 +22,7 @@ def is_managed(param: Tensor) -> bool:
 
 
 def full_shape(param: Tensor) -> tuple[int, ...]:
-    """Return the shape of the whole parameter."""
+    """Return the shape of the whole parameter or buffer, divided or not."""
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
@@ -98,16 +98,12 @@ def grouped_parameters(optimizer: Any) -> list[nn.Parameter]:
 
 
 def is_zero_optimizer(optimizer: Any) -> bool:
-    """Whether this is DeepSpeed's ZeRO optimizer, as it is or in Accelerate's wrapper."""
-    return isinstance(optimizer, DeepSpeedOptimizerWrapper) or _is_bare_zero(optimizer)
+    """Whether this is DeepSpeed's ZeRO optimizer, in Accelerate's wrapper."""
+    return isinstance(optimizer, DeepSpeedOptimizerWrapper)
 
 
-def _is_bare_zero(optimizer: Any) -> bool:
-    return hasattr(optimizer, "fp16_groups") or hasattr(optimizer, "bit16_groups")
-
-
-def _zero(optimizer: Any) -> Any:
-    return optimizer if _is_bare_zero(optimizer) else optimizer.optimizer
+def _zero(optimizer: DeepSpeedOptimizerWrapper) -> Any:
+    return optimizer.optimizer
 
 
 def _base(optimizer: Any) -> torch.optim.Optimizer:
