@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -86,6 +88,28 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@dataclass
+class Trained:
+    """A finished run of `launch`."""
+
+    folder: Path
+    settings: list[str]
+    stderr: str
+
+    @property
+    def curve(self) -> tuple[list[float], list[float]]:
+        """Loss and gradient norm, step by step."""
+        return scalars(self.folder, "loss/loss"), scalars(self.folder, "train/grad_norm")
+
+
+def interrupted(run: Path, copy: Path) -> Path:
+    """Copy a finished run as if it had been killed after its last checkpoint but one, and return the copy."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(newest_checkpoint(copy))
+    shutil.rmtree(copy / "fold-00" / "predictions")
+    return copy
 
 
 def newest_checkpoint(run: Path, fold: int = 0) -> Path:

@@ -28,17 +28,26 @@ class Reasoner(nn.Module):
         prompt: from `build_prompt` with the backbone's tokenizer; it decides AUs, readout and structure token.
         packing: one shared-prefix sequence (true), or one row per branch (false, the reference).
         suffixes_per_row: suffixes in one packed row; 0 puts all of them into one.
+        scale: `embedding_rms` of the LLM where it is known already; a pass over the whole vocabulary otherwise.
 
     Raises:
         UserError: `packing` with a backbone that has no mask recipe.
     """
 
-    def __init__(self, backbone: Backbone, prompt: Prompt, *, packing: bool = True, suffixes_per_row: int = 0):
+    def __init__(
+        self,
+        backbone: Backbone,
+        prompt: Prompt,
+        *,
+        packing: bool = True,
+        suffixes_per_row: int = 0,
+        scale: float | None = None,
+    ) -> None:
         super().__init__()
         if packing:
             check_packable(backbone.config, backbone.model.config._attn_implementation)
         self.llm = backbone.model
-        self.embedding_rms = embedding_rms(self.llm)
+        self.scale = embedding_rms(self.llm) if scale is None else scale
         self.prompt = prompt
         self.packing = packing
         self.suffixes_per_row = suffixes_per_row
@@ -95,7 +104,7 @@ class Reasoner(nn.Module):
         device = self.static_ids.device
         generator = torch.Generator().manual_seed(0)
         width = self.au_head.in_features
-        soft = (torch.randn(2, 3, width, generator=generator) * self.embedding_rms).to(device)
+        soft = (torch.randn(2, 3, width, generator=generator) * self.scale).to(device)
         branches = torch.arange(3, device=device)[:, None].expand(-1, 2)
         with torch.no_grad():
             prefix, suffix = self._embeds(soft[0], soft[1] if self.prompt.use_structure else None, branches)

@@ -136,9 +136,10 @@ def _assemble(config: Config, backbone: Backbone, prompt: Prompt, relations: AUR
     """Put visual backbone, projector, graph and reasoner together at the sizes of the backbone LLM."""
     data, model = config.data, config.model
     visual = VisualBackbone(data.num_frames, data.size, dropout=model.dropout)
+    scale = embedding_rms(backbone.model)
     common = {
         "cell_grid": visual.cell_grid,
-        "embedding_rms": embedding_rms(backbone.model),
+        "embedding_rms": scale,
         "dropout": model.dropout,
         "implementation": model.kernels,
     }
@@ -155,7 +156,7 @@ def _assemble(config: Config, backbone: Backbone, prompt: Prompt, relations: AUR
             au_embedding_init=mean_embeddings(backbone.model, prompt.name_ids),
             **common,
         )
-    reasoner = Reasoner(backbone, prompt, packing=model.packing, suffixes_per_row=model.suffixes_per_row)
+    reasoner = Reasoner(backbone, prompt, packing=model.packing, suffixes_per_row=model.suffixes_per_row, scale=scale)
     return AULLM(visual, projector, graph, reasoner, autocast=_autocast(config))
 
 

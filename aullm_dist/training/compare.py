@@ -98,9 +98,8 @@ def _tensor_differences(manifest: Mapping[str, Any], plan: list[PlannedTensor]) 
                 differences.append(f"{key} (shape {shape}) is not in the checkpoint's {file}")
             elif saved[key] != shape:
                 differences.append(f"{key} has shape {saved[key]} in the checkpoint, {shape} expected")
-        differences += [
-            f"{key} is in the checkpoint's {file}, but not in the model" for key in saved.keys() - expected.keys()
-        ]
+        strangers = sorted(saved.keys() - expected.keys())
+        differences += [f"{key} is in the checkpoint's {file}, but not in the model" for key in strangers]
     return differences
 
 

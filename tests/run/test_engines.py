@@ -2,20 +2,19 @@
 
 import json
 import shutil
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from training_runs import (
+    Trained,
     checkpoint_tensors,
+    interrupted,
     launch,
     logits,
     newest_checkpoint,
     overrides,
     partition_everything,
-    scalars,
     train_here,
 )
 from transformers import AutoModelForCausalLM
@@ -35,19 +34,6 @@ PRECISIONS = {
 # Relative, of loss and gradient norm. In bfloat16 another order of sums is another rounding, and ZeRO-3 adds the bias
 # of a float32 layer after rounding the product instead of before; ten steps of Adam make a few percent of that.
 FLOAT32, BFLOAT16 = (1e-5, 1e-5), (0.02, 0.15)
-
-
-@dataclass
-class Trained:
-    """A finished run."""
-
-    folder: Path
-    settings: list[str]
-    stderr: str
-
-    @property
-    def curve(self) -> tuple[list[float], list[float]]:
-        return scalars(self.folder, "loss/loss"), scalars(self.folder, "train/grad_norm")
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +141,7 @@ def test_every_engine_writes_the_same_checkpoint(train, engine):
 def test_resume_is_bit_identical(train, tmp_path, engine, precision):
     """From step 5 of 10: inside an epoch, and for two of the three with two micro-batches per step."""
     whole = train(engine, precision)
-    resumed = tmp_path / "run"
-    shutil.copytree(whole.folder, resumed)
-    shutil.rmtree(newest_checkpoint(resumed))
-    shutil.rmtree(resumed / "fold-00" / "predictions")
+    resumed = interrupted(whole.folder, tmp_path / "run")
     assert newest_checkpoint(resumed).name == "step-00000005"
     result = launch(*whole.settings, f"training.output={resumed}", "--resume", "auto", processes=2)
     assert result.returncode == 0, result.stderr
@@ -229,10 +212,7 @@ def test_folds_start_from_the_same_state(train):
 
 def test_a_resume_may_change_the_engine(train, tmp_path):
     before = train("zero2")
-    resumed = tmp_path / "run"
-    shutil.copytree(before.folder, resumed)
-    shutil.rmtree(newest_checkpoint(resumed))
-    shutil.rmtree(resumed / "fold-00" / "predictions")
+    resumed = interrupted(before.folder, tmp_path / "run")
     changes = [f"training.output={resumed}", "training.strategy=zero3"]
     result = launch(*before.settings, *changes, "--resume", "auto", processes=2)
     assert result.returncode == 0, result.stderr

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from training_runs import checkpoint_tensors, logits, newest_checkpoint, overrides, train_here
+from training_runs import checkpoint_tensors, interrupted, logits, newest_checkpoint, overrides, train_here
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,7 @@ def test_the_checkpoint_names_the_quantised_layers(finished):
 
 def test_a_resumed_run_is_bit_identical(finished, tmp_path):
     run, settings = finished
-    resumed = tmp_path / "run"
-    shutil.copytree(run, resumed)
-    shutil.rmtree(newest_checkpoint(resumed))
-    shutil.rmtree(resumed / "fold-00" / "predictions")
+    resumed = interrupted(run, tmp_path / "run")
     assert newest_checkpoint(resumed).name == "step-00000002"
     assert train_here(*settings, f"training.output={resumed}", "--resume", "auto") == 0
     expected, found = (checkpoint_tensors(newest_checkpoint(folder)) for folder in (run, resumed))

@@ -1,11 +1,10 @@
 """Two CPU processes train the same function as one, and a lost process is refused loudly."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from training_runs import checkpoint_tensors, launch, logits, newest_checkpoint, overrides, scalars
+from training_runs import checkpoint_tensors, interrupted, launch, logits, newest_checkpoint, overrides, scalars
 
 pytestmark = pytest.mark.launch
 
@@ -48,10 +47,7 @@ def test_only_one_process_speaks_and_the_table_has_every_clip(two):
 
 def test_resume_of_two_processes_is_bit_identical(two, tmp_path):
     run, settings, _ = two
-    resumed = tmp_path / "run"
-    shutil.copytree(run, resumed)
-    shutil.rmtree(newest_checkpoint(resumed))
-    shutil.rmtree(resumed / "fold-00" / "predictions")
+    resumed = interrupted(run, tmp_path / "run")
     result = launch(*settings, f"training.output={resumed}", "--resume", "auto", processes=2)
     assert result.returncode == 0, result.stderr
     expected, found = (checkpoint_tensors(newest_checkpoint(folder)) for folder in (run, resumed))

@@ -1,14 +1,12 @@
 """The benchmark of engines: its settings are the trainer's, and a failed run says why in one line."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
+from benchmark_scripts import benchmark
 
 from aullm_dist.config import find_config, load, load_strategy
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "engines.py"
 LAUNCHER = """torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 =====
 aullm_dist/train.py FAILED
@@ -27,13 +25,8 @@ Root Cause (first observed failure):
 
 @pytest.fixture(scope="module")
 def engines():
-    spec = importlib.util.spec_from_file_location("engines_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with benchmark("engines") as module:
+        yield module
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])

@@ -1,28 +1,18 @@
 """The benchmark of loading: its random LLM is what its sizes say, and its bars refuse what they should."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from benchmark_scripts import benchmark
 from transformers import AutoModelForCausalLM
 
 from aullm_dist.model.quantization import nf4_config
 from aullm_dist.model.weight_files import WeightFiles
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "load_memory.py"
-
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("load_memory_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with benchmark("load_memory") as module:
+        yield module
 
 
 def test_the_sizes_are_those_of_the_loaded_model(bench, tmp_path, monkeypatch):
