@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from types import TracebackType
 
 # `accelerate launch aullm_dist/train.py` puts this file's folder first on the path, where our modules would shadow
@@ -11,8 +12,12 @@ sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or os.getcwd
 
 
 def _fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Show a traceback and end a process of a group at once: its clean-up would wait for processes that wait for it."""
-    sys.__excepthook__(kind, error, trace)
+    """Show a traceback and end a process of a group at once: its clean-up would wait for processes that wait for it.
+
+    To the true stderr: torch puts a buffer in its place while it calls this, to print it behind the rank afterwards.
+    """
+    who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+    print(who + "".join(traceback.format_exception(kind, error, trace)), end="", file=sys.__stderr__, flush=True)
     _leave(1)
 
 

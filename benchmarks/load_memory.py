@@ -107,7 +107,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gib", type=float, default=2.0, help="size of the random LLM in bf16 (2.0)")
     parser.add_argument("--base", type=Path, metavar="DIR", help="a local LLM in place of the random one")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
-    parser.add_argument("--default-malloc", action="store_true", help="leave glibc's allocator as it is")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="where the temporary folder goes")
     parser.add_argument("--timeout", type=int, default=1800, metavar="SECONDS", help="longest time of one way")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -212,12 +211,10 @@ def write_strategy(folder: Path, sizes: Sizes) -> Path:
     return path
 
 
-def environment(default_malloc: bool = False) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Return the processes' environment."""
-    # glibc's threshold grows with what is freed, and freed layers then stay with the process.
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    malloc = {} if default_malloc else {"MALLOC_MMAP_THRESHOLD_": "131072"}
-    return {**os.environ, **malloc, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
 
 
 def launch(mode: str, base: Path, strategy: Path, results: Path, options: argparse.Namespace) -> list[dict]:
@@ -232,8 +229,7 @@ def launch(mode: str, base: Path, strategy: Path, results: Path, options: argpar
     ]  # fmt: skip
     with open(results / f"{mode}.log", "w+") as log:
         try:
-            variables = environment(options.default_malloc)
-            subprocess.run(command, env=variables, timeout=options.timeout, check=True, stdout=log, stderr=log)
+            subprocess.run(command, env=environment(), timeout=options.timeout, check=True, stdout=log, stderr=log)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             log.seek(0)
             said = [line for line in log.read().splitlines() if line.startswith("[rank") or "Error: " in line]

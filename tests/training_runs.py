@@ -73,11 +73,18 @@ def launch(
     )
 
 
-def partition_everything(folder: Path) -> Path:
-    """Write a strategy of the user's own: zero3.json, but no parameter stays whole for being small or soon needed."""
+def partition_everything(folder: Path, ahead: int = 20_000) -> Path:
+    """Write a strategy of the user's own: zero3.json, but no parameter stays whole for being small or soon needed.
+
+    Up to `ahead` values are gathered ahead of their use, a few layers of a tiny LLM; 0 gathers nothing ahead.
+    """
     content = json.loads((ROOT / "configs" / "deepspeed" / "zero3.json").read_text())
-    for key in ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"):
-        content["zero_optimization"][key] = 0
+    content["zero_optimization"] |= {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": ahead,
+        "stage3_prefetch_bucket_size": ahead // 2,
+    }
     path = folder / "zero3_all.json"
     path.write_text(json.dumps(content))
     return path

@@ -1,5 +1,6 @@
 """Start-up of one training process: the Accelerator, what it must agree with, and work that only one process does."""
 
+import ctypes
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,12 +15,15 @@ from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.log import get_logger
 from aullm_dist.model.quiet import name_deepspeed_accelerator
 from aullm_dist.training.engine import deepspeed_plugin, hide_from_transformers, is_zero
+from aullm_dist.training.manifest import library_versions
 
 T = TypeVar("T")
 logger = get_logger(__name__)
 
 # The others wait while the main process prepares data or hashes a large checkpoint; NCCL's own ten minutes are short.
 _TIMEOUT = timedelta(hours=1)
+_M_MMAP_THRESHOLD = -3
+"""From glibc's malloc.h."""
 _PRECISIONS = {
     "fp32": "float32 throughout (training.precision: fp32)",
     "bf16": "forward pass in bfloat16; what is trained, and its optimizer state, in float32 (training.precision: bf16)",
@@ -30,8 +34,8 @@ def start(training: TrainingConfig) -> Accelerator:
     """Create the Accelerator with the engine that `training.strategy` names, and check that it is what was asked for.
 
     Raises:
-        UserError: the launcher contradicts the run file, the number of processes is not what was asked for, or the
-            global batch cannot be split over them.
+        UserError: the launcher contradicts the run file, the number of processes is not what was asked for, the
+            global batch cannot be split over them, or they have different versions of the libraries.
     """
     strategy = load_strategy(training.strategy)
     processes = _processes(training)
@@ -62,6 +66,7 @@ def start(training: TrainingConfig) -> Accelerator:
             f"the launcher started {processes} processes, but {accelerator.num_processes} found each other; "
             "check its rendezvous address and port"
         )
+    _refuse_other_versions(accelerator)
     if training.deterministic:
         # cuBLAS needs its workspace fixed before the first matrix product; an operation that has no deterministic form
         # warns instead of stopping the run.
@@ -70,6 +75,8 @@ def start(training: TrainingConfig) -> Accelerator:
         torch.utils.deterministic.fill_uninitialized_memory = False
     if use_cpu:
         torch.set_num_threads(training.cpu_threads or _threads_per_process())
+        if strategy.stage == 3:
+            _give_back_freed_memory()
     logger.info("Device: %s", _describe_device(accelerator))
     logger.info("Engine: %s", _describe_engine(strategy, accelerator.num_processes))
     logger.info("Precision: %s", _PRECISIONS[training.precision])
@@ -99,6 +106,33 @@ def _processes(training: TrainingConfig) -> int:
             f"{training.micro_batch} x {started}"
         )
     return started
+
+
+def _refuse_other_versions(accelerator: Accelerator) -> None:
+    """Refuse processes of other versions: they may send what the others do not expect, or compute another function."""
+    if accelerator.num_processes == 1:
+        return
+    main, *others = gather_object([library_versions()])
+    for rank, versions in enumerate(others, start=1):
+        for name in sorted(main.keys() | versions.keys()):
+            mine, theirs = main.get(name, "not installed"), versions.get(name, "not installed")
+            if mine != theirs:
+                error = UserError(
+                    f"process {rank} has {name} {theirs}, process 0 has {mine}; allowed: the same versions everywhere"
+                )
+                error.told_to_all = True
+                raise error
+
+
+def _give_back_freed_memory() -> None:
+    """Have glibc return every freed block of 128 KiB and more to the system at once.
+
+    By itself it raises that threshold to the largest block that was freed, 32 MiB at most. Gathered layers are smaller;
+    the heap would keep them, and a process would end up with most of the LLM that ZeRO-3 has divided.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
 
 
 def _describe_device(accelerator: Accelerator) -> str:

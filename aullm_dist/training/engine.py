@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from aullm_dist.config import Strategy, TrainingConfig
 from aullm_dist.errors import UserError
@@ -105,11 +106,35 @@ def prepare(
     if not is_zero(accelerator):
         # The optimizer stays plain: Accelerate's wrapper would only add a scaler that float32 does not need.
         return accelerator.prepare(model), optimizer
+    _gather_by_layer(model)
     before = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     wrapped, wrapped_optimizer = accelerator.prepare(model, optimizer)
     changed = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != before[name]]
     assert not changed, f"DeepSpeed changed the dtype of {len(changed)} trainables, first {changed[0]}"
     return wrapped, wrapped_optimizer
+
+
+def _gather_by_layer(model: nn.Module) -> None:
+    """Have ZeRO-3 gather each decoder layer as one: once for its forward and once for its backward pass.
+
+    By itself it gathers module by module, and once more for a layer that is computed anew in the backward pass: what
+    it has gathered for that is given back before the layer's own gradients are computed.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            set_z3_leaf_module(module, True)
+
+
+def settle(model: nn.Module) -> None:
+    """Divide again what ZeRO-3 has fetched ahead of a backward pass that does not come, as after an evaluation.
+
+    DeepSpeed expects every forward pass to be followed by a backward pass and prefetches for it. A parameter that is
+    still on its way can be neither gathered nor divided by hand, as a save does. Every process calls it.
+    """
+    if hasattr(model, "zero_optimization_stage") and model.zero_optimization_stage() == 3:
+        model.empty_partition_cache()
 
 
 def release(accelerator: Accelerator, model: nn.Module) -> None:

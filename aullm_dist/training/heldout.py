@@ -13,6 +13,7 @@ from torch import nn
 from aullm_dist.data.clips import ClipView
 from aullm_dist.model.aullm import Ablation
 from aullm_dist.training.batches import ClipRecipe, evaluation_batches
+from aullm_dist.training.engine import settle
 
 Score = Callable[[tuple[np.ndarray, np.ndarray], Sequence[int]], dict[str, Any]]
 
@@ -69,6 +70,7 @@ class HeldOut:
                 ]
                 answers = torch.stack(rows, dim=1).float().cpu().tolist()
                 mine += list(zip(batch.sample_ids, answers, strict=True))[:counted]
+        settle(model)
         plain.train(was_training)
         by_id = dict(gather_object(mine))
         assert len(by_id) == len(view), f"{len(by_id)} answers for {len(view)} clips"
