@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from aullm_dist import __version__, log
+from aullm_dist.endings import crash, leave, report
 from aullm_dist.errors import UserError
 
 Command = Callable[[argparse.Namespace], int]
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run_command(args)
     except UserError as error:
-        sys.stderr.write(f"aullm-dist: error: {error}\n")
+        report(error, "aullm-dist")
         return UserError.EXIT_CODE
     except KeyboardInterrupt:
         sys.stderr.write("aullm-dist: interrupted\n")
@@ -37,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     from aullm_dist.data.prepare_cli import add_prepare_arguments, run_prepare
     from aullm_dist.data.synthesize_cli import add_synthesize_arguments, run_synthesize
     from aullm_dist.evaluation.evaluate_cli import add_evaluate_arguments, run_evaluate
+    from aullm_dist.evaluation.predict_cli import add_predict_arguments, run_predict
     from aullm_dist.model.quantize_cli import add_quantize_arguments, run_quantize
     from aullm_dist.training.checkpoint_cli import add_checkpoint_arguments, run_checkpoint_verify
 
@@ -58,9 +60,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("quantize", "write an LLM in 4 bits, once for all runs", add_quantize_arguments, run_quantize)
     add("config", "print every setting, or check a run file", add_config_arguments, run_config)
     add("evaluate", "print and write the tables of a run", add_evaluate_arguments, run_evaluate)
+    add("predict", "answer prepared clips with a trained checkpoint", add_predict_arguments, run_predict)
     add("checkpoint", "inspect checkpoints", add_checkpoint_arguments, run_checkpoint_verify)
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Several processes: `accelerate launch --module aullm_dist.cli COMMAND`.
+    sys.excepthook = crash
+    leave(main())

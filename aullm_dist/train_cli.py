@@ -4,20 +4,16 @@ import argparse
 import copy
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from aullm_dist import log
 from aullm_dist.config import Config, find_config, load, load_strategy
+from aullm_dist.endings import report
 from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.training.workspace import Mode
 
 DEMO = "demo"
-# How long a process leaves the last word to the main process, and more for each process that is before it on its
-# machine: the launcher ends all of them when the first has ended.
-_GRACE_SECONDS, _MORE_SECONDS = 5.0, 1.0
-
 _EPILOG = """\
 Without arguments the embedded demo runs: a synthetic corpus, a tiny backbone, nothing downloaded.
 Overrides are section.key=value, for instance training.epochs=50 data.fold=3; the keys are listed by
@@ -65,27 +61,12 @@ def main(argv: Sequence[str]) -> int:
             log.get_logger().info("No --config: settings that are not given are those of the demo")
         return _train(config, _mode(args))
     except (UserError, CheckpointError) as error:
-        _report(error)
+        report(error, "train.py")
         return error.EXIT_CODE
     except KeyboardInterrupt:
         if log.is_main_process():
             sys.stderr.write("train.py: interrupted; --resume auto continues from the newest checkpoint\n")
         return 130
-
-
-def _report(error: UserError | CheckpointError) -> None:
-    """Write the line that ends the run; the main process does, unless this process alone knows of the error.
-
-    A launcher ends all processes of a machine when one of them ends. So the others wait for that, or an early one would
-    take the main process down before it has spoken.
-    """
-    who = ""
-    if not log.is_main_process():
-        time.sleep(_GRACE_SECONDS + _MORE_SECONDS * int(os.environ.get("LOCAL_RANK", "0")))
-        if error.told_to_all:
-            return
-        who = f"process {os.environ['RANK']}: "
-    sys.stderr.write(f"train.py: error: {who}{error}\n")
 
 
 def _mode(args: argparse.Namespace) -> Mode:

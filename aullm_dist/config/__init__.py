@@ -4,7 +4,7 @@ This package imports neither torch nor transformers, so that a login node can ch
 """
 
 from aullm_dist.config.launcher import refuse_launcher
-from aullm_dist.config.loader import from_dict, load, to_dict
+from aullm_dist.config.loader import apply_overrides, from_dict, load, to_dict
 from aullm_dist.config.schema import (
     Config,
     CounterfactualConfig,
@@ -25,6 +25,7 @@ __all__ = [
     "MonitorConfig",
     "Strategy",
     "TrainingConfig",
+    "apply_overrides",
     "configs_folder",
     "find_config",
     "from_dict",

@@ -34,11 +34,20 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     config = Config()
     if path is not None:
         _apply_mapping(config, _read_yaml(Path(path)), str(path))
-    for override in overrides:
-        _apply_override(config, override)
+    apply_overrides(config, overrides)
     sources = [str(path)] if path is not None else []
     _check(config, " with ".join([*sources, "overrides"] if overrides else sources) or "defaults")
     return config
+
+
+def apply_overrides(config: Config, overrides: Sequence[str]) -> None:
+    """Set `section.key=value` strings in a configuration, without checking what they make of it together.
+
+    Raises:
+        UserError: an override is malformed, or names what there is not.
+    """
+    for override in overrides:
+        _apply_override(config, override)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -114,6 +114,15 @@ def prepare(
     return wrapped, wrapped_optimizer
 
 
+def serve(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """Hand a model that only answers to the engine: ZeRO-3 divides it, elsewhere every process holds it whole."""
+    model.requires_grad_(False)
+    if not is_zero(accelerator) or accelerator.deepspeed_plugin.zero_stage != 3:
+        return model
+    _gather_by_layer(model)
+    return accelerator.prepare(model)
+
+
 def _gather_by_layer(model: nn.Module) -> None:
     """Have ZeRO-3 gather each decoder layer as one: once for its forward and once for its backward pass.
 
@@ -139,7 +148,7 @@ def settle(model: nn.Module) -> None:
 
 def release(accelerator: Accelerator, model: nn.Module) -> None:
     """Let go of what `prepare` made: a second run in this process must not find the first one's LLM in memory."""
-    if is_zero(accelerator):
+    if hasattr(model, "destroy"):
         model.destroy()
     accelerator.free_memory()
 

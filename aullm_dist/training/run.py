@@ -58,7 +58,7 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
     initial = _snapshot(built.model)
     model, optimizer = engine.prepare(accelerator, built.model, build_optimizer(built.model, config.training))
     # Fails, if at all, after its last forward pass: no process leaves another in the engine.
-    together(accelerator, lambda: _self_check(config, built))
+    together(accelerator, lambda: self_check(config, built))
     on_main(accelerator, lambda: workspace.open_run(folder, config, mode, plan, store.fingerprint, sharding))
     for fold in chosen:
         start = initial
@@ -78,7 +78,7 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
     return folder
 
 
-def _self_check(config: Config, built: BuiltModel) -> None:
+def self_check(config: Config, built: BuiltModel) -> None:
     """Check the packed forward against the padded one on the real backbone, as the engine holds it."""
     if config.model.packing and isinstance(built.model, AULLM):
         # The reasoner's own parameters: what gathers them is its forward pass, and the check goes around that.

@@ -1,0 +1,56 @@
+"""How a process ends: a line for a mistake of the user's, a traceback for one of ours, and no group left hanging.
+
+A launcher starts several processes and ends all of them when one of them ends; whoever ends first decides what is seen.
+"""
+
+import os
+import sys
+import time
+import traceback
+from types import TracebackType
+from typing import NoReturn
+
+from aullm_dist import log
+from aullm_dist.errors import CheckpointError, UserError
+
+# How long a process leaves the last word to the main process, and more for each process that is before it on its
+# machine: the launcher ends all of them when the first has ended.
+_GRACE_SECONDS, _MORE_SECONDS = 5.0, 1.0
+
+
+def report(error: UserError | CheckpointError, program: str) -> None:
+    """Write the line that ends the run; the main process does, unless this process alone knows of the error.
+
+    The others wait for the launcher to end them, or an early one would take the main process down before it has spoken.
+    """
+    who = ""
+    if not log.is_main_process():
+        time.sleep(_GRACE_SECONDS + _MORE_SECONDS * int(os.environ.get("LOCAL_RANK", "0")))
+        if error.told_to_all:
+            return
+        who = f"process {os.environ['RANK']}: "
+    sys.stderr.write(f"{program}: error: {who}{error}\n")
+
+
+def crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Show a traceback and end a process of a group at once: its clean-up would wait for processes that wait for it.
+
+    It is a `sys.excepthook`. It writes to the true stderr: torch puts a buffer in its place while it calls the hook, to
+    print it behind the rank afterwards.
+    """
+    who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+    print(who + "".join(traceback.format_exception(kind, error, trace)), end="", file=sys.__stderr__, flush=True)
+    leave(1)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with `code`; a process of a group ends without the interpreter's clean-up.
+
+    Gloo's threads outlive `destroy_process_group` while anything refers to a group, as DeepSpeed's modules do for good.
+    If the interpreter goes away under such a thread, the process aborts: 1 of 25 runs that had done all their work.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "WORLD_SIZE" in os.environ:
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,131 @@
+"""Answers of a trained checkpoint on prepared clips, with the LLM whole in each process or divided as in training."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from aullm_dist.config import Config, apply_overrides, from_dict, load_strategy, to_dict
+from aullm_dist.data.clips import ClipStore
+from aullm_dist.errors import UserError
+from aullm_dist.log import get_logger
+from aullm_dist.training import engine
+from aullm_dist.training.build import build_model, evaluation_recipe
+from aullm_dist.training.checkpoint import MODULES_CONFIG_FILE, read_checkpoint
+from aullm_dist.training.context import on_main, together
+from aullm_dist.training.heldout import Answers, HeldOut
+from aullm_dist.training.manifest import MANIFEST_NAME, read_manifest
+from aullm_dist.training.placement import placement_of
+from aullm_dist.training.retention import find_newest_valid
+from aullm_dist.training.run import self_check
+
+logger = get_logger(__name__)
+
+CHANGEABLE = (
+    "model.llm",
+    "model.attention",
+    "model.packing",
+    "model.suffixes_per_row",
+    "model.kernels",
+    "model.trust_remote_code",
+    "training.strategy",
+    "training.processes",
+    "training.micro_batch",
+    "training.cpu_threads",
+)
+"""Settings that say where and how an answer is computed; all others say which, and are the checkpoint's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A checkpoint to answer with: its folder, the configuration to compute with, and the AUs of its answers."""
+
+    folder: Path
+    config: Config
+    aus: tuple[int, ...]
+
+
+def find_trained(path: Path, overrides: Sequence[str], processes: int) -> Trained:
+    """Return the checkpoint that is meant by `path`, with its own configuration but for `overrides`.
+
+    Args:
+        path: a checkpoint, or a fold or a folder of checkpoints, of which the newest valid one is taken.
+        overrides: `section.key=value` of keys in `CHANGEABLE`.
+        processes: of this run. A single one computes with `ddp`, that is whole, unless it is told otherwise.
+
+    Raises:
+        UserError: there is no checkpoint, or an override would make the answers another model's.
+    """
+    folder = path if (path / MANIFEST_NAME).is_file() else None
+    if folder is None:
+        root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        folder = find_newest_valid(root, logger)
+    if folder is None:
+        raise UserError(f"{path}: holds no valid checkpoint; give a checkpoint or a fold, such as runs/first/fold-00")
+    manifest = read_manifest(folder)
+    config = from_dict(manifest["config"], f"{folder / MANIFEST_NAME}: config")
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    for override, key in zip(overrides, keys, strict=True):
+        if key not in CHANGEABLE:
+            raise UserError(
+                f"override {override!r}: a prediction takes it from the checkpoint; allowed: {', '.join(CHANGEABLE)}"
+            )
+    if config.model.llm == "tiny":
+        config.model.llm = manifest["base"]["name"]
+    config.training.processes = None
+    if processes == 1:
+        config.training.strategy = "ddp"
+    apply_overrides(config, overrides)
+    # There are no steps: a global batch is what one pass of all processes answers.
+    config.training.global_batch = max(config.training.micro_batch, 1) * processes
+    config = from_dict(to_dict(config), f"{folder} with overrides" if overrides else str(folder))
+    aus = json.loads((folder / MODULES_CONFIG_FILE).read_bytes())["aus"]
+    return Trained(folder, config, tuple(aus))
+
+
+def predict(accelerator: Accelerator, trained: Trained, datasets: Sequence[Path]) -> Answers:
+    """Answer every clip of prepared datasets; each process computes its share, all return all answers.
+
+    Args:
+        accelerator: from `context.start` with the configuration of `trained`.
+        trained: from `find_trained`.
+        datasets: folders written by `aullm-dist prepare`.
+
+    Raises:
+        UserError: a dataset, the checkpoint or its LLM cannot be used, or do not belong together.
+    """
+    config = trained.config
+    store = together(accelerator, lambda: ClipStore(datasets, config.data.size))
+    built = build_model(
+        config, trained.aus, config.model.llm, placement_of(accelerator, _sharding(accelerator, config))
+    )
+    built.model.to(accelerator.device)
+    model = engine.serve(accelerator, built.model)
+    saved = together(
+        accelerator,
+        lambda: read_checkpoint(
+            trained.folder, built.model, with_optimizer=False, model_config=built.model_config, base=built.base
+        ),
+    )
+    saved.apply()
+    logger.info("Checkpoint: %s, step %d", trained.folder, saved.trainer["step"])
+    together(accelerator, lambda: self_check(config, built))
+    held_out = HeldOut(accelerator, evaluation_recipe(config, built), trained.aus, config.training.micro_batch)
+    answers = held_out.answer(model, store.view([sample.sample_id for sample in store.samples]))[None]
+    on_main(accelerator, lambda: _refuse_not_finite(answers))
+    engine.release(accelerator, model)
+    return answers
+
+
+def _sharding(accelerator: Accelerator, config: Config) -> dict[str, Any] | None:
+    strategy = load_strategy(config.training.strategy)
+    return strategy.resolved(config.training, accelerator.num_processes, engine.processes_here())
+
+
+def _refuse_not_finite(answers: Answers) -> None:
+    for sample_id, finite in zip(answers.sample_ids, (abs(answers.logits) < float("inf")).all(axis=1), strict=True):
+        if not finite:
+            raise UserError(f"logits of {sample_id} are not finite; the training has diverged, or the LLM is damaged")
