@@ -154,7 +154,7 @@ def packed_hidden(
         layout = {"attention_mask": _dense_masks(decoder.config, sequence, positions, segments)}
     output = decoder(inputs_embeds=sequence, position_ids=positions.expand(rows, -1), use_cache=False, **layout)
     hidden = output.last_hidden_state[:, prefix_tokens:].reshape(rows * per_row, suffix_tokens, width)
-    return hidden[:num_suffixes, list(readout_positions)]
+    return _read_out(hidden[:num_suffixes], readout_positions)
 
 
 def _dense_masks(
@@ -216,7 +216,18 @@ def _padded_rows(prefix_embeds: Tensor, suffix_embeds: Tensor) -> Tensor:
 
 def _rows_hidden(llm: nn.Module, rows: Tensor, prefix_tokens: int, readout_positions: Sequence[int]) -> Tensor:
     output = decoder_of(llm)(inputs_embeds=rows, use_cache=False)
-    return output.last_hidden_state[:, prefix_tokens:][:, list(readout_positions)]
+    return _read_out(output.last_hidden_state[:, prefix_tokens:], readout_positions)
+
+
+def _read_out(hidden: Tensor, positions: Sequence[int]) -> Tensor:
+    """Return the hidden states [K, R, D] at R positions of suffixes [K, S, D].
+
+    Without an index tensor: one made of a list would be copied to the device, and the host would wait for that.
+    """
+    first, count = positions[0], len(positions)
+    if list(positions) == list(range(first, first + count)):
+        return hidden[:, first : first + count]
+    return torch.stack([hidden[:, position] for position in positions], dim=1)
 
 
 def per_branch_hidden(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from aullm_dist.config import Strategy, TrainingConfig
@@ -153,10 +153,11 @@ def release(accelerator: Accelerator, model: nn.Module) -> None:
     accelerator.free_memory()
 
 
-def clip_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+def clip_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor | float:
     """Scale the gradients of the global batch down to `max_norm` and return their norm before that.
 
-    ZeRO has done both inside `accelerator.backward`; there this only tells the norm, infinity for a skipped step.
+    The norm is a float64 scalar on the gradients' device: nothing here waits for it. ZeRO has clipped inside
+    `accelerator.backward` and looked at the norm there; for it this returns that number, infinity for a skipped step.
     """
     if is_zero(accelerator):
         return float(accelerator.clip_grad_norm_(parameters, max_norm))
@@ -165,7 +166,7 @@ def clip_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter],
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm.to(gradients[0].dtype))
-    return norm.item()
+    return norm
 
 
 def is_zero(accelerator: Accelerator) -> bool:

@@ -1,9 +1,8 @@
 """Training of one fold: the explicit loop, its evaluations, its checkpoints and its resume."""
 
 import json
-import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,29 +10,28 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from aullm_dist.config import Config, to_dict
 from aullm_dist.data.clips import ClipStore
 from aullm_dist.data.protocols import Fold
-from aullm_dist.errors import UserError
 from aullm_dist.files import write_text
 from aullm_dist.log import all_loggers, get_logger
 from aullm_dist.model.aullm import Ablation
-from aullm_dist.training.batches import Batch, training_loader
+from aullm_dist.training.batches import training_loader
 from aullm_dist.training.build import BuiltModel, evaluation_recipe, training_recipe
 from aullm_dist.training.checkpoint import read_checkpoint, save_checkpoint
 from aullm_dist.training.context import on_main, together
-from aullm_dist.training.engine import clip_gradients
+from aullm_dist.training.guard import GradientGuard
 from aullm_dist.training.heldout import Answers, HeldOut, Score
 from aullm_dist.training.monitor import Monitor, Throughput, memory_gib
 from aullm_dist.training.objective import Objective
-from aullm_dist.training.optimizer import schedule, set_learning_rates
 from aullm_dist.training.order import BatchPlan, SampleStream, generator, total_steps
 from aullm_dist.training.predictions import Prediction, prediction_path, write_predictions, zeroed_path
 from aullm_dist.training.retention import find_newest_valid, rotate
+from aullm_dist.training.step import LossLog, TrainStep
 
 logger = get_logger(__name__)
 
@@ -104,10 +102,18 @@ class FoldTrainer:
             training.global_batch, training.micro_batch, accelerator.num_processes, accelerator.process_index
         )
         self.total_steps = total_steps(len(self.train_view), training.epochs, training.global_batch, training.max_steps)
-        self.objective = Objective.from_config(config)
+        self.guard = GradientGuard(optimizer, training.max_bad_steps, fold.index)
+        self.step = TrainStep(
+            accelerator,
+            model,
+            [p for p in built.model.parameters() if p.requires_grad],
+            Objective.from_config(config),
+            training,
+            self.guard,
+            accumulation=self.plan.accumulation,
+            tokens=built.tokens,
+        )
         self.held_out = HeldOut(accelerator, evaluation_recipe(config, built), aus, training.micro_batch)
-        self.trainables = [p for p in built.model.parameters() if p.requires_grad]
-        self.bad_steps = 0
         # Which held-out clips are shown while training; only `protocol: all` has no test side.
         self.shown = "test" if len(self.test_view) else "inner"
         self.soft_tokens = built.soft_tokens
@@ -149,69 +155,31 @@ class FoldTrainer:
         )
         self.model.train()
         batches = iter(loader)
-        log, rate = _LossLog(self.accelerator), Throughput()
+        log, rate = LossLog(self.accelerator), Throughput()
         with bar, logging_redirect_tqdm(all_loggers()):
             for step in range(first_step, self.total_steps):
-                norm = self._step(batches, step, log, rate)
+                self.step.run(batches, step, self.total_steps, log, rate)
                 done = step + 1
                 if done % self.config.monitor.log_every_steps == 0 or done == self.total_steps:
+                    self.guard.settle()
                     losses = log.read()
                     bar.set_postfix_str(_short(losses), refresh=False)
                     monitor.scalars("loss", losses, done)
                     rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
                     monitor.scalars("lr", rates, done)
-                    monitor.scalars("train", {"grad_norm": norm, "epoch": self._epoch(done), **rate.read()}, done)
+                    monitor.scalars(
+                        "train", {"grad_norm": self.guard.last_norm, "epoch": self._epoch(done), **rate.read()}, done
+                    )
                     monitor.scalars("memory", memory_gib(), done)
                 bar.update()
+                if self._evaluates_at(done) or self._saves_at(done):
+                    self.guard.settle()
                 if self._evaluates_at(done):
                     self._evaluate(monitor, done)
                     rate.restart()
                 if self._saves_at(done):
                     self._save(done)
                     rate.restart()
-
-    def _step(self, batches: Iterator[Batch], step: int, log: "_LossLog", rate: Throughput) -> float:
-        """One optimizer step over its micro-batches; returns the gradient norm before clipping."""
-        training, accelerator = self.config.training, self.accelerator
-        set_learning_rates(
-            self.optimizer, schedule(step, self.total_steps, training.warmup_fraction, training.min_lr_fraction)
-        )
-        norm = math.nan
-        for micro in range(self.plan.accumulation):
-            batch = next(batches).to(accelerator.device)
-            # Dropout depends on (seed, step, micro-step, rank) alone, so there is no generator state to save.
-            key = generator(training.seed, "dropout", step, micro, accelerator.process_index)
-            torch.manual_seed(int(key.integers(2**62)))
-            with accelerator.accumulate(self.model):
-                output = self.model(batch.views, batch.view_index, batch.edge_mask, batch.branches)
-                loss, components = self.objective(output, batch)
-                # Under ZeRO this also clips and steps; what follows then only reads the norm.
-                accelerator.backward(loss)
-                log.add(components)
-                rate.add(
-                    len(batch.sample_ids) * accelerator.num_processes,
-                    self.built.tokens(len(batch.branches)) * accelerator.num_processes,
-                )
-                if accelerator.sync_gradients:
-                    norm = clip_gradients(accelerator, self.trainables, training.clip_norm)
-                    self._apply(norm, step)
-        return norm
-
-    def _apply(self, norm: float, step: int) -> None:
-        """Take the step unless a gradient is not finite; every process sees the same norm, so all decide alike."""
-        if math.isfinite(norm):
-            self.optimizer.step()
-            self.bad_steps = 0
-        else:
-            self.bad_steps += 1
-            if self.accelerator.is_main_process:
-                logger.warning("Step %d: the gradient is not finite; skipped (%d in a row)", step + 1, self.bad_steps)
-            if self.bad_steps >= self.config.training.max_bad_steps:
-                raise UserError(
-                    f"fold {self.fold.index}, step {step + 1}: the gradient was not finite in {self.bad_steps} steps "
-                    "in a row; lower training.lr_new and training.lr_lora or use training.precision=fp32"
-                )
-        self.optimizer.zero_grad()
 
     def _training_labels(self) -> np.ndarray:
         labels = self.train_view.labels(self.aus)
@@ -296,7 +264,7 @@ class FoldTrainer:
                     "fold": self.fold.index,
                     "fold_name": self.fold.name,
                     "seed": self.config.training.seed,
-                    "bad_steps": self.bad_steps,
+                    "bad_steps": self.guard.bad_steps,
                 },
                 config=to_dict(self.config),
                 model_config=self.built.model_config,
@@ -326,37 +294,9 @@ class FoldTrainer:
             ),
         )
         saved.apply(self.optimizer)
-        self.bad_steps = saved.trainer["bad_steps"]
+        self.guard.bad_steps = saved.trainer["bad_steps"]
         logger.info("Fold %d: resumed from %s", self.fold.index, newest)
         return min(int(saved.trainer["step"]), self.total_steps)
-
-
-class _LossLog:
-    """Sums of loss components since the last reading, reduced over processes only when read."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, components: Mapping[str, Tensor]) -> None:
-        for name, value in components.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-
-    def read(self) -> dict[str, float]:
-        """Return the mean of each component over the clips that drew it."""
-        # A rank may not have drawn a component the others drew, so all agree on the names first.
-        names = sorted(self._sums)
-        if self._accelerator.num_processes > 1:
-            gathered: list[Any] = [None] * self._accelerator.num_processes
-            torch.distributed.all_gather_object(gathered, names)
-            names = sorted(set().union(*gathered))
-        if not names:
-            return {}
-        zero = torch.zeros(2, device=self._accelerator.device)
-        table = torch.stack([self._sums.get(name, zero).float() for name in names])
-        table = self._accelerator.reduce(table, reduction="sum").cpu()
-        self._sums = {}
-        return {name: (row[0] / row[1]).item() for name, row in zip(names, table, strict=True) if row[1] > 0}
 
 
 def _predictions(answers: Answers, fold: int, role: str) -> list[Prediction]:

@@ -52,7 +52,7 @@ class Objective:
         clips = len(batch.sample_ids)
         loss = torch.stack([weight * values.sum() / clips for weight, values in terms.values()]).sum()
         log = {name: _sum_and_count(values) for name, (_, values) in terms.items()}
-        log["loss"] = torch.stack([loss.detach() * clips, loss.new_tensor(float(clips))])
+        log["loss"] = torch.stack([loss.detach() * clips, loss.new_full((), clips)])
         return loss, log
 
     def _terms(self, output: ModelOutput, batch: Batch) -> list[tuple[str, tuple[float, Tensor]]]:
@@ -86,4 +86,5 @@ class Objective:
 
 
 def _sum_and_count(values: Tensor) -> Tensor:
-    return torch.stack([values.detach().sum(), values.new_tensor(float(values.numel()))])
+    # Filled on the device: a tensor made of a number would be copied there, and the host would wait for that.
+    return torch.stack([values.detach().sum(), values.new_full((), values.numel())])

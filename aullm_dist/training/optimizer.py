@@ -11,7 +11,8 @@ from aullm_dist.config import TrainingConfig
 def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
     """Return AdamW over the trainable parameters with one learning rate each for LoRA, new modules and LED.
 
-    Matrices decay; vectors, gains and the few LED parameters do not.
+    Matrices decay; vectors, gains and the few LED parameters do not. The update is torch's fused one, on CPU and GPU
+    alike: one pass over the memory, and it can skip a step by a flag on the device (`training.guard`).
     """
     rates = {"lora": training.lr_lora, "new": training.lr_new, "led": training.lr_led}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
@@ -31,7 +32,7 @@ def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.A
             }
             for (kind, decays), parameters in groups.items()
         ],
-        fused=torch.cuda.is_available(),
+        fused=True,
     )
 
 

@@ -98,7 +98,8 @@ def graph_attention(
         edges: The edges, on the same device.
         strength: Added to the score of each branch's edges, `[G, E]`; None means 0.
         mask: Which edges a branch has, `[G, E]` bool; None means all.
-        branch_index: Feature row of each branch, `[G]` int64 in `0..V-1`; None means G = V, one branch per row.
+        branch_index: Feature row of each branch, `[G]` int64 in `0..V-1`; None means G = V, one branch per row. On a
+            GPU a value out of range is a device-side assertion instead of a ValueError.
         negative_slope: Slope of the leaky ReLU below 0.
         implementation: `auto`, `triton`, `torch` or `interpret`.
 
@@ -124,7 +125,7 @@ def graph_attention(
     branches = rows
     if branch_index is not None:
         _check_tensor("branch_index", branch_index, ("G",), torch.int64, xl.device)
-        _check_range("branch_index", branch_index, rows)
+        _check_range("branch_index", branch_index, rows, fresh=True)
         branches = branch_index.shape[0]
     if strength is not None:
         _check_tensor("strength", strength, (branches, edges.num_edges), None, xl.device)
@@ -171,13 +172,22 @@ def _check_tensor(
         raise ValueError(f"{name} is {given}, allowed is {allowed}")
 
 
-def _check_range(name: str, index: Tensor, size: int) -> None:
-    """Refuse index values outside `0..size-1`; a tensor is looked at once per version of its values."""
+def _check_range(name: str, index: Tensor, size: int, *, fresh: bool = False) -> None:
+    """Refuse index values outside `0..size-1`; a tensor is looked at once per version of its values.
+
+    One that is `fresh` in every step is checked by the GPU itself, which ends the process with an assertion: the host
+    would wait for the values.
+    """
     if torch.compiler.is_compiling() or index.is_meta or index.numel() == 0:
         return
     if _checked_indices.get(index) == (index._version, size):
         return
-    low, high = int(index.min()), int(index.max())
+    if fresh and index.is_cuda:
+        torch._assert_async(((index >= 0) & (index < size)).all())
+        return
+    # Through numpy where that is possible: in a profile an item of a tensor looks like a wait for the device.
+    values = index.numpy() if index.is_cpu else index
+    low, high = int(values.min()), int(values.max())
     if low < 0 or high >= size:
         raise ValueError(f"{name} has values {low}..{high}, allowed are 0..{size - 1}")
     _checked_indices[index] = (index._version, size)

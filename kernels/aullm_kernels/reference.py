@@ -64,7 +64,8 @@ def evidence_pool(
             # What an invalid cell holds, NaN included, must not reach a sum.
             cells = cells.masked_fill(~valid[:, :, None], 0.0)
             present = valid[:, None, :].to(dtype)
-        member = F.one_hot(regions, num_regions).to(dtype).t() * present
+        # Not F.one_hot, which looks at the values first.
+        member = (regions == torch.arange(num_regions, device=regions.device)[:, None]).to(dtype) * present
         mean_weights = torch.cat([present, member], dim=1)
         mean_weights = mean_weights / mean_weights.sum(dim=-1, keepdim=True).clamp(min=1.0)
         weights = torch.cat([_evidence_weights(cells, queries, valid), mean_weights], dim=1)

@@ -33,7 +33,7 @@ def test_the_gradient_norm_is_exact_and_clips():
     for parameter in parameters:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
     exact = torch.cat([parameter.grad for parameter in parameters]).double().norm().item()
-    assert engine.clip_gradients(accelerator, parameters, 2.0) == pytest.approx(exact, rel=1e-9)
+    assert engine.clip_gradients(accelerator, parameters, 2.0).item() == pytest.approx(exact, rel=1e-9)
     clipped = torch.cat([parameter.grad for parameter in parameters]).double().norm().item()
     assert clipped == pytest.approx(2.0, rel=1e-5)
     parameters[1].grad[0] = torch.nan

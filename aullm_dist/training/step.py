@@ -1,0 +1,121 @@
+"""One optimizer step: the part of the loop that runs thousands of times, and the sums of its losses.
+
+Nothing in here waits for the device. What the host wants to know of a step (losses, the gradient's norm) stays on the
+device until somebody reads it; the loop does so at logged steps. Under DeepSpeed the engine itself looks at the norm in
+every step, inside `backward`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from aullm_dist.config import TrainingConfig
+from aullm_dist.training.batches import Batch
+from aullm_dist.training.engine import clip_gradients
+from aullm_dist.training.guard import GradientGuard
+from aullm_dist.training.monitor import Throughput
+from aullm_dist.training.objective import Objective
+from aullm_dist.training.optimizer import schedule, set_learning_rates
+from aullm_dist.training.order import generator
+
+
+class LossLog:
+    """Sums of loss components since the last reading, reduced over processes only when read."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, components: Mapping[str, Tensor]) -> None:
+        """Count components, each `[2]` = (sum over clips, number of clips)."""
+        for name, value in components.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def read(self) -> dict[str, float]:
+        """Return the mean of each component over the clips that drew it; waits for the device."""
+        # A rank may not have drawn a component the others drew, so all agree on the names first.
+        names = sorted(self._sums)
+        if self._accelerator.num_processes > 1:
+            gathered: list[Any] = [None] * self._accelerator.num_processes
+            torch.distributed.all_gather_object(gathered, names)
+            names = sorted(set().union(*gathered))
+        if not names:
+            return {}
+        zero = torch.zeros(2, device=self._accelerator.device)
+        table = torch.stack([self._sums.get(name, zero).float() for name in names])
+        table = self._accelerator.reduce(table, reduction="sum").cpu()
+        self._sums = {}
+        return {name: (row[0] / row[1]).item() for name, row in zip(names, table, strict=True) if row[1] > 0}
+
+
+class TrainStep:
+    """Runs optimizer steps, each over its micro-batches.
+
+    Args:
+        accelerator: the run's Accelerator.
+        model: as the engine wraps it.
+        trainables: its trained parameters.
+        objective: the loss.
+        training: learning rates, schedule, clipping.
+        guard: takes or skips the update, with the optimizer.
+        accumulation: micro-batches of this process in a step.
+        tokens: LLM tokens computed for a number of branches.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        trainables: Sequence[nn.Parameter],
+        objective: Objective,
+        training: TrainingConfig,
+        guard: GradientGuard,
+        *,
+        accumulation: int,
+        tokens: Callable[[int], int],
+    ) -> None:
+        self.accelerator, self.model, self.trainables = accelerator, model, trainables
+        self.objective, self.training, self.guard = objective, training, guard
+        self.accumulation, self.tokens = accumulation, tokens
+
+    def run(self, batches: Iterator[Batch], step: int, total_steps: int, log: LossLog, rate: Throughput) -> None:
+        """Take step `step` (from 0) of `total_steps`, and count its losses and its work.
+
+        Raises:
+            UserError: too many steps in a row had a gradient that is not finite.
+        """
+        training, processes = self.training, self.accelerator.num_processes
+        factor = schedule(step, total_steps, training.warmup_fraction, training.min_lr_fraction)
+        set_learning_rates(self.guard.optimizer, factor)
+        for micro in range(self.accumulation):
+            batch = self.fetch(batches)
+            # Dropout depends on (seed, step, micro-step, rank) alone, so there is no generator state to save.
+            key = generator(training.seed, "dropout", step, micro, self.accelerator.process_index)
+            torch.manual_seed(int(key.integers(2**62)))
+            with self.accelerator.accumulate(self.model):
+                loss, components = self.forward(batch)
+                self.backward(loss)
+                log.add(components)
+                rate.add(len(batch.sample_ids) * processes, self.tokens(len(batch.branches)) * processes)
+                if self.accelerator.sync_gradients:
+                    self.update(step)
+
+    def fetch(self, batches: Iterator[Batch]) -> Batch:
+        """Return the next micro-batch, its copy to the device queued."""
+        return next(batches).to(self.accelerator.device)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a micro-batch and its components."""
+        output = self.model(batch.views, batch.view_index, batch.edge_mask, batch.branches)
+        return self.objective(output, batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch; under ZeRO the last one also clips and steps."""
+        self.accelerator.backward(loss)
+
+    def update(self, step: int) -> None:
+        """Clip the gradient of the global batch and update the parameters."""
+        self.guard.step(clip_gradients(self.accelerator, self.trainables, self.training.clip_norm), step)
