@@ -17,8 +17,6 @@ import platform
 import re
 import shlex
 import shutil
-import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,18 +24,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 import torch
+from common import ROOT, commit, cores, cpu_name, gpu_names, launch_line, markdown_table, median, versions, write_json
 
 from aullm_dist.data.prepare import prepare
 from aullm_dist.data.synthetic import SyntheticSpec, write_corpus
 from aullm_dist.files import write_text
 from aullm_dist.model.tiny import ARCHITECTURES, build_tiny_backbone
 
-ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
 PRECISIONS = {
     "fp32": {"training.precision": "fp32"},
@@ -104,7 +101,7 @@ def main() -> int:
             rows.append(row)
             sys.stderr.write(f"{number}/{len(asked)} {describe(row)}\n")
             if options.json:
-                write_text(options.json, json.dumps(report, indent=1) + "\n")
+                write_json(options.json, report)
     page = table(rows) + "\n\n" + footnotes(report) + "\n"
     print(page, end="")
     if options.markdown:
@@ -215,9 +212,7 @@ def launch(bench: Bench, settings: list[str]) -> None:
     Raises:
         RowError: the run failed or did not end in time.
     """
-    several = ["--multi_gpu", f"--main_process_port={free_port()}"] if bench.processes > 1 else []
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *several]
-    command += [f"--num_processes={bench.processes}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    command = launch_line(bench.processes)
     command += [str(ROOT / "aullm_dist" / "train.py"), *settings]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
@@ -244,13 +239,6 @@ def end(process: subprocess.Popen) -> None:
             member.terminate()
     for left in psutil.wait_procs(family, timeout=20)[1]:
         left.kill()
-
-
-def free_port() -> int:
-    """Return a loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def reason(errors: str, returncode: int) -> str:
@@ -282,7 +270,7 @@ def measured(folder: Path, steps: int) -> dict[str, float]:
         raise RowError(f"the loss is {losses[-1]}")
     row = {
         "loss": losses[-1],
-        "seconds_per_step": statistics.median(GLOBAL_BATCH / rate for rate in rates[WARM_UP_STEPS:]),
+        "seconds_per_step": median(GLOBAL_BATCH / rate for rate in rates[WARM_UP_STEPS:]),
     }
     for name in ("host", "gpu"):
         peaks = values(f"memory/{name}_peak_gib")
@@ -308,15 +296,15 @@ def table(rows: list[dict]) -> str:
         columns["GPU peak, MiB"] = lambda row: f"{row['gpu_peak_mib']:.1f}"
     columns["ms per step"] = lambda row: f"{row['seconds_per_step'] * 1000:.0f}"
     head = ["architecture", "precision", "engine", *columns]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|---|" + "---:|" * len(columns)]
+    lines = []
     for row in rows:
         cells = [row["architecture"], row["precision"], row["engine"]]
         if "error" in row:
             cells += ["failed: " + row["error"].replace("|", "/"), *[""] * (len(columns) - 1)]
         else:
             cells += [cell(row) for cell in columns.values()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return "\n".join(markdown_table(head, lines, left=3))
 
 
 def footnotes(report: dict) -> str:
@@ -340,19 +328,13 @@ def footnotes(report: dict) -> str:
 
 def machine() -> dict[str, object]:
     """Return where and with what the numbers are measured."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    names = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = [line.partition(":")[2].strip() for line in names if line.startswith("model name")]
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
-        "device": ", ".join([*cpu[:1], *gpus]) or platform.processor() or "unknown CPU",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "device": ", ".join([*filter(None, [cpu_name()]), *gpu_names()]) or "unknown CPU",
+        "cores": cores(),
         "memory_gib": psutil.virtual_memory().total / 2**30,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "commit": commit.stdout.strip() or "unknown",
+        "versions": versions(PACKAGES),
+        "commit": commit(),
     }
 
 

@@ -13,34 +13,30 @@ import math
 import os
 import resource
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from common import MIB, ROOT, commit, cores, cpu_name, launch_line, markdown_table, versions, write_json
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
-from aullm_dist.files import write_text
 from aullm_dist.model.packing import decoder_of
 from aullm_dist.model.piecewise import WEIGHTS_AT_ONCE, model_without_storage, owners
 from aullm_dist.model.quantization import BLOCK, is_packed, nf4_config
 from aullm_dist.model.weight_files import WeightFiles
 
-ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("load_memory_worker.py")
 MODES = {"ordinary": "whole on each, then divided", "pieces": "in pieces, from bf16", "prepared": "in pieces, from NF4"}
 WIDTH, MLP, HEADS, KEY_VALUE_HEADS, VOCABULARY = 2048, 5632, 16, 8, 32000
 # The packed sequence of a clip: prefix, two branches with their suffixes.
 CLIPS, TOKENS = 4, 96 + 2 * 16
 BF16 = 2
-MIB = 2**20
 SLACK = 1.1
 READ_LIMIT = 1.1
 QUANTISER_BYTES = 16
@@ -94,7 +90,7 @@ def main() -> int:
     }  # fmt: skip
     print("\n".join([*headline(report, sizes), "", *table(rows), "", *bar_lines(rows, bars)]))
     if options.json:
-        write_text(options.json, json.dumps(report, indent=1) + "\n")
+        write_json(options.json, report)
     for line in misses:
         print(f"MISSED {line}", file=sys.stderr)
     return int(bool(misses))
@@ -219,14 +215,8 @@ def environment() -> dict[str, str]:
 
 def launch(mode: str, base: Path, strategy: Path, results: Path, options: argparse.Namespace) -> list[dict]:
     """Start the processes of one way of loading and return a row for each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--multi_gpu", "--num_machines=1",
-        f"--num_processes={options.ranks}", f"--main_process_port={port}", "--mixed_precision=no",
-        "--dynamo_backend=no", str(WORKER), mode, str(base), str(strategy), str(CLIPS), str(TOKENS), str(results),
-    ]  # fmt: skip
+    arguments = [str(WORKER), mode, str(base), str(strategy), str(CLIPS), str(TOKENS), str(results)]
+    command = [*launch_line(options.ranks), *arguments]
     with open(results / f"{mode}.log", "w+") as log:
         try:
             subprocess.run(command, env=environment(), timeout=options.timeout, check=True, stdout=log, stderr=log)
@@ -306,15 +296,15 @@ def headline(report: dict, sizes: Sizes) -> list[str]:
 def table(rows: dict[str, list[dict]]) -> list[str]:
     """Return the rows as a Markdown table, MiB above the baseline."""
     head = ("loaded", "rank", "baseline", "after load", "peak of load", "peak of a step", "file pages", "s", "read")
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    lines = []
     for mode, ranks in rows.items():
         for row in ranks:
             cells = [MODES[mode], str(row["rank"]), f"{row['baseline'][0]:.0f}"]
             cells += [f"{above(row, key):.0f}" for key in ("divided", "peak_load", "peak_step")]
             cells += [f"{row['peak_load'][1] - row['baseline'][1]:.0f}", f"{row['seconds']:.1f}"]
             cells.append(f"{row['read_share']:.3f}" if row["bytes_read"] else "")
-            lines.append("| " + " | ".join(cells) + " |")
-    return lines
+            lines.append(cells)
+    return markdown_table(head, lines)
 
 
 def bar_lines(rows: dict[str, list[dict]], bars: dict[str, dict]) -> list[str]:
@@ -333,16 +323,8 @@ def bar_lines(rows: dict[str, list[dict]], bars: dict[str, dict]) -> list[str]:
 
 def machine() -> dict[str, object]:
     """Return where and with what the numbers are measured."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": names[0].partition(":")[2].strip() if names else "unknown CPU",
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {name: version(name) for name in PACKAGES},
-        "commit": commit.stdout.strip() or "unknown",
-    }
+    made = {"cores": cores(), "versions": versions(PACKAGES), "commit": commit()}
+    return {"cpu": cpu_name() or "unknown CPU", **made}
 
 
 if __name__ == "__main__":

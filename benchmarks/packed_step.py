@@ -14,17 +14,16 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from common import MIB, commit, cpu_name, gpu_names, markdown_table, median, versions, write_json
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -35,10 +34,8 @@ from aullm_dist.model.packing import packed_hidden, padded_hidden, per_branch_hi
 from aullm_dist.model.prompt import build_prompt
 from aullm_dist.model.tiny import build_tiny_backbone
 
-ROOT = Path(__file__).resolve().parents[1]
 PATHS = ("packed", "padded", "per_branch")
 TOLERANCE = 2e-5
-MIB = 2**20
 
 
 class Case:
@@ -192,29 +189,21 @@ def measure_memory(path: str, options: argparse.Namespace) -> list[float]:
 
 def machine() -> dict[str, object]:
     """Return where and with what the numbers were measured."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    cpu = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else (cpu or [platform.processor()])[0],
+        "device": gpu_names()[0] if torch.cuda.is_available() else cpu_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average_1min": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-        "commit": commit.stdout.strip() or "unknown",
+        "versions": versions(("torch", "transformers", "peft")),
+        "commit": commit(),
     }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def run_case(llm: torch.nn.Module, case: Case, deviation: float, memory: dict[str, float], repeats: int) -> dict:
     """Time one case and return its JSON row."""
     seconds = time_case(llm, case, repeats)
-    median = {path: statistics.median(values) for path, values in seconds.items()}
+    middle = {path: median(values) for path, values in seconds.items()}
     return {
         "name": case.name,
         "prefix_tokens": case.prefix_tokens,
@@ -226,25 +215,25 @@ def run_case(llm: torch.nn.Module, case: Case, deviation: float, memory: dict[st
         "speedup_ceiling": case.padded_tokens / case.packed_tokens,
         "largest_relative_deviation": deviation,
         "seconds": seconds,
-        "clips_per_second": {path: case.batch / value for path, value in median.items()},
-        "speedup_vs_per_branch": median["per_branch"] / median["packed"],
-        "speedup_vs_padded": median["padded"] / median["packed"],
+        "clips_per_second": {path: case.batch / value for path, value in middle.items()},
+        "speedup_vs_per_branch": middle["per_branch"] / middle["packed"],
+        "speedup_vs_padded": middle["padded"] / middle["packed"],
         "peak_memory_mib": memory,
     }
 
 
 def table(rows: list[dict]) -> str:
     """Return the rows as a markdown table."""
-    measured = "clips/s packed | padded | per branch | vs per branch | vs padded | ceiling"
-    head = f"| shape | P | S | {measured} | MiB packed | padded | per branch |"
-    lines = [head, "|---|" + "---:|" * 11]
+    head = ["shape", "P", "S", "clips/s packed", "padded", "per branch", "vs per branch", "vs padded", "ceiling"]
+    head += ["MiB packed", "padded", "per branch"]
+    lines = []
     for row in rows:
         clips, memory = row["clips_per_second"], row["peak_memory_mib"]
         cells = [row["name"], row["prefix_tokens"], row["suffix_tokens"], *(f"{clips[path]:.1f}" for path in PATHS)]
         cells += [f"{row[key]:.2f}x" for key in ("speedup_vs_per_branch", "speedup_vs_padded", "speedup_ceiling")]
         cells += [f"{memory[path]:.0f}" for path in PATHS]
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return "\n".join(markdown_table(head, lines))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -301,8 +290,7 @@ def main() -> None:
     report = {"benchmark": "packed_step", **headline, "rows": rows, "model": model, "machine": machine()}
     print(table(rows))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ real pictures cost to decode. Run: `python benchmarks/prepare.py [--clips 16] [-
 """
 
 import argparse
-import json
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from common import write_json
 from datasets import load_from_disk
 from openpyxl import Workbook
 from PIL import Image, ImageFilter
@@ -103,8 +103,7 @@ def main() -> None:
     for key, value in result.items():
         print(f"{key:<36}{value:>14.1f}" if isinstance(value, float) else f"{key:<36}{value:>14}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

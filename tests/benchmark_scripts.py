@@ -15,10 +15,12 @@ def benchmark(name: str) -> Iterator[ModuleType]:
     """Import benchmarks/<name>.py for the time of the block."""
     spec = importlib.util.spec_from_file_location(f"{name}_benchmark", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
+    # Dataclasses look their module up, and a script finds what lies beside it.
     sys.modules[spec.name] = module
+    sys.path.insert(0, str(FOLDER))
     try:
         spec.loader.exec_module(module)
         yield module
     finally:
+        sys.path.remove(str(FOLDER))
         del sys.modules[spec.name]

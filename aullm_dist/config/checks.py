@@ -7,7 +7,7 @@ from aullm_dist.config.schema import Config
 from aullm_dist.errors import UserError
 
 _POSITIVE = (
-    "model.llm_hidden model.llm_layers model.lora_alpha model.evidence_heads model.graph_width "
+    "model.suffix_multiple model.llm_hidden model.llm_layers model.lora_alpha model.evidence_heads model.graph_width "
     "model.graph_heads model.graph_layers data.synthetic_clips data.synthetic_amplitude training.epochs "
     "training.global_batch training.micro_batch training.lr_lora training.lr_new training.lr_led training.clip_norm "
     "training.max_bad_steps training.evaluate_every_epochs training.keep_checkpoints monitor.log_every_steps"
@@ -86,6 +86,18 @@ def _check_model(config: Config) -> None:
         raise UserError("model.readout is 'per_au' with model.llm: none; allowed: last, as there are no tokens to read")
     if model.llm == "none" and model.quantization != "none":
         raise UserError(f"model.quantization is {model.quantization!r} with model.llm: none; allowed: none, or an LLM")
+    if model.llm == "none" and model.compile != "none":
+        raise UserError(f"model.compile is {model.compile!r} with model.llm: none; allowed: none, or an LLM")
+    if model.suffixes_per_row % model.suffix_multiple:
+        raise UserError(
+            f"model.suffixes_per_row is {model.suffixes_per_row}; allowed: a multiple of model.suffix_multiple = "
+            f"{model.suffix_multiple}, or 0"
+        )
+    if model.suffix_multiple > 1 and not model.packing:
+        raise UserError(
+            f"model.suffix_multiple is {model.suffix_multiple} with model.packing: false; allowed: 1, as padded rows "
+            "are all of one length"
+        )
     if not model.lora_targets:
         raise UserError("model.lora_targets is empty; allowed: [all-linear] or names of linear layers such as [q_proj]")
 

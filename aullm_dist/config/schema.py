@@ -16,8 +16,9 @@ class ModelConfig:
     """Width of the `tiny` backbone."""
     llm_layers: int = 4
     """Decoder layers of the `tiny` backbone."""
-    attention: Literal["auto", "prefix", "sdpa", "eager"] = "auto"
-    """How packed branches attend: `prefix` computes only what a suffix sees, `sdpa` and `eager` take a dense mask.
+    attention: Literal["auto", "prefix", "sdpa", "eager", "flex"] = "auto"
+    """How packed branches attend: `prefix` computes only what a suffix sees, `sdpa` and `eager` take a dense mask,
+    `flex` (FlexAttention, GPUs only) a block mask.
     `auto` is `prefix` with packing and `sdpa` without, or `eager` where the backbone has no sdpa (Gemma 2)."""
     trust_remote_code: bool = False
     """Run model code that ships with a checkpoint. Off, because it executes what the publisher wrote."""
@@ -37,6 +38,12 @@ class ModelConfig:
     """One shared-prefix sequence per step (true) or one padded row per branch (false, the reference path)."""
     suffixes_per_row: int = 0
     """Suffixes in one packed row; 0 puts the whole micro-batch into one row."""
+    suffix_multiple: int = 1
+    """Fill a packed row up, with suffixes that nobody reads, until their number is a multiple of this. Interventions
+    are drawn, so rows differ in length; with a multiple there are few lengths, for `compile` and for the GPU's
+    allocator. The answers are the same; the fillers count as tokens. 1 fills up nothing."""
+    compile: Literal["none", "blocks"] = "none"
+    """`blocks`: torch.compile for each decoder layer, at its first call. Not with ZeRO-3."""
     evidence: Literal["full", "mid_only", "high_only", "no_attention"] = "full"
     """What the content token is made of; all but `full` are ablations."""
     evidence_heads: int = 4

@@ -27,10 +27,11 @@ from transformers import (
 
 from aullm_dist.errors import UserError
 from aullm_dist.log import is_main_process
-from aullm_dist.model import prefix_attention
+from aullm_dist.model.compiled import COMPILATIONS, compile_blocks
 from aullm_dist.model.lora import ALL_LINEAR, add_lora, lora_targets_of
 from aullm_dist.model.packing import (
     ATTENTIONS,
+    LIBRARY_NAMES,
     MASK_RECIPES,
     check_packable,
     decoder_of,
@@ -84,6 +85,8 @@ def load_backbone(
     lora_targets: str | Sequence[str] = ALL_LINEAR,
     quantization: str = "none",
     activation_checkpointing: str = "none",
+    compilation: str = "none",
+    static_lengths: bool = False,
     seed: int = 0,
     placement: Placement | None = None,
 ) -> Backbone:
@@ -94,7 +97,7 @@ def load_backbone(
     Args:
         name_or_path: a local folder with config.json, or a Hugging Face name.
         dtype: dtype of the frozen weights, and of NF4's matrix products. LoRA parameters are float32 whatever it is.
-        attention: "prefix", "sdpa", "eager", or "auto": prefix when packing, else sdpa, else eager.
+        attention: "prefix", "sdpa", "eager", "flex" (on a GPU), or "auto": prefix when packing, else sdpa, else eager.
         packing: whether packed branches will run on it; then its architecture must have a mask recipe.
         trust_remote_code: run model code that ships with the checkpoint.
         lora_rank: LoRA rank; 0 leaves the model without LoRA.
@@ -104,6 +107,8 @@ def load_backbone(
         quantization: "none", or "nf4": the decoder's linear layers in 4 bits, quantised while loading, or as stored.
         activation_checkpointing: "none", or recompute each decoder layer in the backward pass: "non_reentrant" or
             "reentrant".
+        compilation: "none", or "blocks": torch.compile for each decoder layer.
+        static_lengths: whether packed rows will come in few lengths (`compile_blocks`).
         seed: seed of the LoRA initialisation; the global generator is left as it was.
         placement: how several processes share the weights, each reading its part; None reads them all here.
 
@@ -116,6 +121,8 @@ def load_backbone(
             f"backbone: activation_checkpointing is {activation_checkpointing!r}; "
             f"allowed: {', '.join(ACTIVATION_CHECKPOINTING)}"
         )
+    if compilation not in COMPILATIONS:
+        raise UserError(f"backbone: compilation is {compilation!r}; allowed: {', '.join(COMPILATIONS)}")
     started = time.monotonic()
     describe = functools.partial(_describe, name_or_path, attention, packing, quantization, trust_remote_code)
     files = describe() if placement is None else placement.together(describe)
@@ -151,6 +158,8 @@ def load_backbone(
     if activation_checkpointing != "none":
         _checkpoint_activations(model, reentrant=activation_checkpointing == "reentrant")
         reasons["activation_checkpointing"] = f"every decoder layer, {activation_checkpointing.replace('_', '-')}"
+    if compilation == "blocks":
+        reasons["compilation"] = compile_blocks(model, static_lengths=static_lengths)
     return Backbone(
         model=wrapped,
         tokenizer=files.tokenizer,
@@ -195,7 +204,7 @@ def _describe(
     stored_in_nf4 = is_stored_in_nf4(source, config, quantization)
     implementation, reason = _choose_attention(config, attention, packing)
     options = {
-        "attn_implementation": prefix_attention.NAME if implementation == "prefix" else implementation,
+        "attn_implementation": LIBRARY_NAMES.get(implementation, implementation),
         "trust_remote_code": trust_remote_code,
     }
     return _ModelFiles(source, is_local, config, _load_tokenizer(source, common), stored_in_nf4, options, reason)
@@ -275,6 +284,10 @@ def _choose_attention(config: PretrainedConfig, attention: str, packing: bool) -
     """Return the attention implementation, and what to log of it: why it was chosen, and the windows."""
     if attention not in ("auto", *ATTENTIONS):
         raise UserError(f"backbone: attention is {attention!r}; allowed: auto, {', '.join(ATTENTIONS)}")
+    if attention == "flex" and not torch.cuda.is_available():
+        raise UserError(
+            "backbone: attention is 'flex', which has no backward pass on CPUs; allowed here: auto, prefix, sdpa, eager"
+        )
     if attention != "auto":
         chosen, why = attention, "as set"
     elif packing:

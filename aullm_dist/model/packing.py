@@ -12,11 +12,15 @@ Letters: K suffixes (branches times clips), P prefix tokens, S suffix tokens, R 
 """
 
 import contextlib
+import functools
 import math
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.masking_utils import create_causal_mask
 
@@ -35,8 +39,14 @@ MASK_RECIPES: dict[str, str] = {
 window. `window`: one mask for all layers, with `config.sliding_window` in it where that is set. `layer_types`: one mask
 per type in `config.layer_types`, of which `sliding_attention` has the window."""
 
-ATTENTIONS = ("prefix", "sdpa", "eager")
-"""Attention implementations that run packed branches: `prefix` knows the layout, the others take a dense mask."""
+ATTENTIONS = ("prefix", "sdpa", "eager", "flex")
+"""Attention implementations that run packed branches: `prefix` knows the layout, `flex` takes it as a block mask, the
+others take a dense mask."""
+
+LIBRARY_NAMES = {"prefix": prefix_attention.NAME, "flex": "flex_attention"}
+"""Names by which transformers knows attentions, where they differ from ours."""
+
+_MASKS_KEPT = 8
 
 _FLOAT32_TOLERANCE = 1e-4
 _ROUNDING_DRAWS = 4
@@ -54,7 +64,7 @@ def check_packable(config: PretrainedConfig, attention: str) -> None:
             `MASK_RECIPES`, layers that are neither full nor sliding attention, sliding layers without a window, chunked
             or bidirectional attention.
     """
-    attention = "prefix" if attention == prefix_attention.NAME else attention
+    attention = next((ours for ours, theirs in LIBRARY_NAMES.items() if theirs == attention), attention)
     model_type = config.model_type
     if attention not in ATTENTIONS:
         why = " (flash attention ignores custom masks)" if "flash" in attention else ""
@@ -79,7 +89,7 @@ def check_packable(config: PretrainedConfig, attention: str) -> None:
         raise UserError(f"packing: {model_type} backbone has {name}={wrong}; no mask recipe for it, {_REMEDY}")
     if attention == "sdpa" and not has_sdpa(config):
         raise UserError(
-            f"packing: {model_type} has no sdpa attention (soft-capped scores); allowed: prefix, eager, {_REMEDY}"
+            f"packing: {model_type} has no sdpa attention (soft-capped scores); allowed: prefix, eager, flex, {_REMEDY}"
         )
 
 
@@ -123,6 +133,7 @@ def packed_hidden(
     readout_positions: Sequence[int],
     *,
     rows: int = 1,
+    multiple: int = 1,
 ) -> Tensor:
     """Run all suffixes behind one copy of the prefix per row.
 
@@ -133,33 +144,62 @@ def packed_hidden(
         readout_positions: R positions within a suffix.
         rows: packed rows to cut the suffixes into. More rows repeat the prefix more often and attend over shorter
             sequences.
+        multiple: rows are filled up until the number of their suffixes is a multiple of this.
 
     Returns:
         [K, R, D], hidden states after the final norm.
     """
     num_suffixes, suffix_tokens, width = suffix_embeds.shape
     prefix_tokens = len(prefix_embeds)
-    per_row = math.ceil(num_suffixes / rows)
-    rows = math.ceil(num_suffixes / per_row)
-    # The last row is filled up with suffixes that came before; what they give is dropped.
-    filled = torch.cat([suffix_embeds, suffix_embeds[: rows * per_row - num_suffixes]])
+    rows, per_row = rows_of(num_suffixes, rows, multiple)
+    # What the fillers give is dropped, so they have no gradient either.
+    fillers = suffix_embeds[:1].detach().expand(rows * per_row - num_suffixes, -1, -1)
+    filled = torch.cat([suffix_embeds, fillers])
     prefix = prefix_embeds.expand(rows, prefix_tokens, width)
     sequence = torch.cat([prefix, filled.reshape(rows, per_row * suffix_tokens, width)], dim=1)
-    positions, segments = _positions_and_segments(prefix_tokens, suffix_tokens, per_row, sequence.device)
+    shape = (prefix_tokens, suffix_tokens, per_row)
+    positions, _ = _positions_and_segments(*shape, sequence.device)
 
     decoder = decoder_of(llm)
     if decoder.config._attn_implementation == prefix_attention.NAME:
         layout = {"prefix_tokens": prefix_tokens, "suffix_tokens": suffix_tokens}
     else:
-        layout = {"attention_mask": _dense_masks(decoder.config, sequence, positions, segments)}
+        layout = {"attention_mask": _kept_masks(decoder.config, sequence, shape)}
     output = decoder(inputs_embeds=sequence, position_ids=positions.expand(rows, -1), use_cache=False, **layout)
     hidden = output.last_hidden_state[:, prefix_tokens:].reshape(rows * per_row, suffix_tokens, width)
     return _read_out(hidden[:num_suffixes], readout_positions)
 
 
+def rows_of(num_suffixes: int, rows: int, multiple: int = 1) -> tuple[int, int]:
+    """Return how many packed rows there are, no more than equal rows need, and the suffixes of each, fillers included.
+
+    Args:
+        num_suffixes: K.
+        rows: rows that are wanted.
+        multiple: what the number of suffixes of a row is a multiple of.
+    """
+    per_row = math.ceil(math.ceil(num_suffixes / rows) / multiple) * multiple
+    return math.ceil(num_suffixes / per_row), per_row
+
+
+def _kept_masks(config: PretrainedConfig, sequence: Tensor, shape: tuple[int, int, int]) -> object | dict[str, object]:
+    """Return `_dense_masks` of packed rows of K suffixes; those of the last layouts are kept."""
+    kept = _masks.setdefault(config, OrderedDict())
+    key = (config._attn_implementation, shape, len(sequence), sequence.dtype, sequence.device)
+    if key not in kept:
+        kept[key] = _dense_masks(config, sequence, *_positions_and_segments(*shape, sequence.device))
+        if len(kept) > _MASKS_KEPT:
+            kept.popitem(last=False)
+    kept.move_to_end(key)
+    return kept[key]
+
+
+_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
 def _dense_masks(
     config: PretrainedConfig, sequence: Tensor, positions: Tensor, segments: Tensor
-) -> Tensor | dict[str, Tensor]:
+) -> object | dict[str, object]:
     """Return what the model takes as `attention_mask` for packed rows: one mask, or one per layer type."""
     windows = layer_windows(config)
     made = {window: _dense_mask(config, sequence, positions, segments, window) for window in set(windows.values())}
@@ -169,14 +209,24 @@ def _dense_masks(
 
 def _dense_mask(
     config: PretrainedConfig, sequence: Tensor, positions: Tensor, segments: Tensor, window: int | None
-) -> Tensor:
-    """Return one mask of a packed row in the form that the attention implementation wants."""
+) -> object:
+    """Return one mask of a packed row in the form that the attention implementation wants: a tensor or a BlockMask."""
 
     def visible(batch, head, query, key):
         same_branch = (segments[query] == segments[key]) | (segments[key] == -1)
         # The library's own window counts by index, and would put late suffixes out of sight of the prefix.
         return same_branch if window is None else same_branch & (positions[query] - positions[key] < window)
 
+    if config._attn_implementation == LIBRARY_NAMES["flex"]:
+        # Not the library's: it compiles what makes the mask, which takes far longer than making it.
+        return create_block_mask(
+            lambda batch, head, query, key: (query >= key) & visible(batch, head, query, key),
+            B=None,
+            H=None,
+            Q_LEN=len(positions),
+            KV_LEN=len(positions),
+            device=positions.device,
+        )
     # The library adds the causal part, and knows the form: boolean for sdpa, additive in the embeddings' dtype for
     # eager.
     return create_causal_mask(
@@ -262,6 +312,7 @@ def self_check(
     readout_positions: Sequence[int],
     *,
     rows: int = 1,
+    multiple: int = 1,
     tolerance: float | None = None,
 ) -> float:
     """Compare packed with padded hidden states on the real backbone, dropout off.
@@ -280,6 +331,7 @@ def self_check(
         suffix_embeds: [K, S, D] with K of at least 2: one suffix alone cannot leak into another.
         readout_positions: R positions within a suffix.
         rows: packed rows.
+        multiple: as in `packed_hidden`.
         tolerance: largest deviation allowed; None means 1e-4 for float32, and as described for shorter types.
 
     Returns:
@@ -290,7 +342,7 @@ def self_check(
     """
     was_training = llm.training
     llm.eval()
-    packed = packed_hidden(llm, prefix_embeds, suffix_embeds, readout_positions, rows=rows)
+    packed = packed_hidden(llm, prefix_embeds, suffix_embeds, readout_positions, rows=rows, multiple=multiple)
     with _library_attention(decoder_of(llm).config):
         padded = padded_hidden(llm, prefix_embeds, suffix_embeds, readout_positions)
         if tolerance is None:
@@ -332,9 +384,9 @@ def _largest_deviation(hidden: Tensor, padded: Tensor) -> float:
 
 @contextlib.contextmanager
 def _library_attention(config: PretrainedConfig) -> Iterator[None]:
-    """Replace prefix attention by sdpa, or by eager where the backbone has no sdpa."""
+    """Replace prefix and flex attention by sdpa, or by eager where the backbone has no sdpa."""
     before = config._attn_implementation
-    if before == prefix_attention.NAME:
+    if before in LIBRARY_NAMES.values():
         config._attn_implementation = "sdpa" if has_sdpa(config) else "eager"
     try:
         yield
@@ -342,6 +394,7 @@ def _library_attention(config: PretrainedConfig) -> Iterator[None]:
         config._attn_implementation = before
 
 
+@functools.lru_cache(maxsize=64)
 def _positions_and_segments(
     prefix_tokens: int, suffix_tokens: int, num_suffixes: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aullm_dist.model.llm import Backbone, embedding_rms, mean_embeddings
-from aullm_dist.model.packing import check_packable, packed_hidden, padded_hidden, self_check
+from aullm_dist.model.packing import check_packable, packed_hidden, padded_hidden, rows_of, self_check
 from aullm_dist.model.prompt import Prompt
 
 
@@ -28,6 +28,7 @@ class Reasoner(nn.Module):
         prompt: from `build_prompt` with the backbone's tokenizer; it decides AUs, readout and structure token.
         packing: one shared-prefix sequence (true), or one row per branch (false, the reference).
         suffixes_per_row: suffixes in one packed row; 0 puts all of them into one.
+        suffix_multiple: packed rows are filled up, with suffixes that nobody reads, to a multiple of this.
         scale: `embedding_rms` of the LLM where it is known already; a pass over the whole vocabulary otherwise.
 
     Raises:
@@ -41,6 +42,7 @@ class Reasoner(nn.Module):
         *,
         packing: bool = True,
         suffixes_per_row: int = 0,
+        suffix_multiple: int = 1,
         scale: float | None = None,
     ) -> None:
         super().__init__()
@@ -50,7 +52,7 @@ class Reasoner(nn.Module):
         self.scale = embedding_rms(self.llm) if scale is None else scale
         self.prompt = prompt
         self.packing = packing
-        self.suffixes_per_row = suffixes_per_row
+        self.suffixes_per_row, self.suffix_multiple = suffixes_per_row, suffix_multiple
         self.num_aus = len(prompt.aus)
         width = backbone.hidden_size
         if prompt.readout == "per_au":
@@ -78,13 +80,7 @@ class Reasoner(nn.Module):
             float32 logits [K, A]; with `return_hidden` also float32 hidden states [K, D], for `per_au` their mean.
         """
         prefix, suffix = self._embeds(content, instruction, branches)
-        if self.packing:
-            hidden = packed_hidden(
-                self.llm, prefix, suffix, self.prompt.readout_positions, rows=self._rows(len(suffix))
-            )
-        else:
-            hidden = padded_hidden(self.llm, prefix, suffix, self.prompt.readout_positions)
-        hidden = hidden.float()
+        hidden = self.hidden(prefix, suffix).float()
         # The head stays out of autocast: logits of a few units lose too much in bfloat16.
         with torch.autocast(hidden.device.type, enabled=False):
             if self.prompt.readout == "per_au":
@@ -93,11 +89,26 @@ class Reasoner(nn.Module):
                 logits = self.au_head(hidden.squeeze(1))
         return (logits, hidden.mean(dim=1)) if return_hidden else logits
 
+    def hidden(self, prefix: Tensor, suffix: Tensor) -> Tensor:
+        """Run the LLM over all branches.
+
+        Args:
+            prefix: [P, D], embeddings of the static prefix.
+            suffix: [K, S, D], those of the suffixes.
+
+        Returns:
+            [K, R, D], hidden states at the read-out positions, after the final norm.
+        """
+        if not self.packing:
+            return padded_hidden(self.llm, prefix, suffix, self.prompt.readout_positions)
+        return packed_hidden(self.llm, prefix, suffix, self.prompt.readout_positions, **self._layout(len(suffix)))
+
     def num_tokens(self, num_branches: int) -> int:
-        """Return how many tokens the LLM computes for `num_branches` branches."""
-        rows = self._rows(num_branches) if self.packing else num_branches
-        suffixes = rows * math.ceil(num_branches / rows)
-        return rows * self.prompt.prefix_tokens + suffixes * self.prompt.suffix_tokens
+        """Return how many tokens the LLM computes for `num_branches` branches, those that fill rows up included."""
+        if not self.packing:
+            return num_branches * (self.prompt.prefix_tokens + self.prompt.suffix_tokens)
+        rows, per_row = rows_of(num_branches, **self._layout(num_branches))
+        return rows * (self.prompt.prefix_tokens + per_row * self.prompt.suffix_tokens)
 
     def self_check(self, *, tolerance: float | None = None) -> float:
         """Compare a few packed branches of random soft tokens with their padded twins (`packing.self_check`)."""
@@ -108,14 +119,12 @@ class Reasoner(nn.Module):
         branches = torch.arange(3, device=device)[:, None].expand(-1, 2)
         with torch.no_grad():
             prefix, suffix = self._embeds(soft[0], soft[1] if self.prompt.use_structure else None, branches)
-        return self_check(
-            self.llm, prefix, suffix, self.prompt.readout_positions, rows=self._rows(len(suffix)), tolerance=tolerance
-        )
+        layout = self._layout(len(suffix))
+        return self_check(self.llm, prefix, suffix, self.prompt.readout_positions, **layout, tolerance=tolerance)
 
-    def _rows(self, num_suffixes: int) -> int:
+    def _layout(self, num_suffixes: int) -> dict[str, int]:
         rows = math.ceil(num_suffixes / self.suffixes_per_row) if self.suffixes_per_row > 0 else 1
-        # As `packed_hidden` does: no more rows than equal rows need.
-        return math.ceil(num_suffixes / math.ceil(num_suffixes / rows))
+        return {"rows": rows, "multiple": self.suffix_multiple}
 
     def _embeds(self, content: Tensor, instruction: Tensor | None, branches: Tensor) -> tuple[Tensor, Tensor]:
         """Return the prefix [P, D] and the suffixes [K, S, D] in the dtype of the LLM's embeddings."""

@@ -124,6 +124,8 @@ def _load_backbone(config: Config, llm_path: str | Path, placement: Placement | 
         lora_targets=model.lora_targets[0] if model.lora_targets == ["all-linear"] else model.lora_targets,
         quantization=model.quantization,
         activation_checkpointing=model.activation_checkpointing,
+        compilation=model.compile,
+        static_lengths=model.suffix_multiple > 1,
         seed=config.training.seed,
         placement=placement,
     )
@@ -156,7 +158,14 @@ def _assemble(config: Config, backbone: Backbone, prompt: Prompt, relations: AUR
             au_embedding_init=mean_embeddings(backbone.model, prompt.name_ids),
             **common,
         )
-    reasoner = Reasoner(backbone, prompt, packing=model.packing, suffixes_per_row=model.suffixes_per_row, scale=scale)
+    reasoner = Reasoner(
+        backbone,
+        prompt,
+        packing=model.packing,
+        suffixes_per_row=model.suffixes_per_row,
+        suffix_multiple=model.suffix_multiple,
+        scale=scale,
+    )
     return AULLM(visual, projector, graph, reasoner, autocast=_autocast(config))
 
 

@@ -39,6 +39,7 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
         UserError: anything in the user's input that cannot work, before a step is trained and before the run folder
             counts as a run.
     """
+    _refuse_compiled(config)
     folder = on_main(accelerator, lambda: workspace.check_run_folder(config, mode))
     train_folders, test_folders = on_main(accelerator, lambda: workspace.datasets_of(config))
     store = together(accelerator, lambda: ClipStore([*train_folders, *test_folders], config.data.size))
@@ -76,6 +77,15 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
     accelerator.wait_for_everyone()
     engine.release(accelerator, model)
     return folder
+
+
+def _refuse_compiled(config: Config) -> None:
+    """Refuse compiled blocks where the engine gathers and frees their parameters in hooks inside of them."""
+    if config.model.compile != "none" and load_strategy(config.training.strategy).stage == 3:
+        raise UserError(
+            f"model.compile is {config.model.compile!r} with training.strategy: {config.training.strategy}; allowed "
+            "with ZeRO-3: none, as it gathers and frees the parameters inside of a block"
+        )
 
 
 def self_check(config: Config, built: BuiltModel) -> None:

@@ -121,8 +121,10 @@ def test_one_suffix_that_all_see_is_noticed_in_bfloat16(folders, monkeypatch, na
 
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), monkeypatch.context() as patch:
+            packing._masks.clear()
             reasoner.self_check()
             patch.setattr(packing, "_positions_and_segments", first_suffix_seen_by_all)
+            packing._masks.clear()
             with pytest.raises(UserError, match="other hidden states packed than padded"):
                 reasoner.self_check()
 

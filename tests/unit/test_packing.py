@@ -177,6 +177,7 @@ def test_self_check_passes_on_a_good_mask_and_raises_on_a_leak(folders, monkeypa
     assert reasoner.training
     causal = packing.create_causal_mask
     monkeypatch.setattr(packing, "create_causal_mask", lambda and_mask_function, **given: causal(**given))
+    packing._masks.clear()
     with pytest.raises(UserError, match="other hidden states packed than padded"):
         reasoner.self_check()
 
