@@ -9,6 +9,7 @@ packed step's loss is compared with that of one forward per branch: paths that d
 
 import argparse
 import functools
+import logging
 import platform
 import shlex
 import sys
@@ -86,7 +87,8 @@ def main() -> int:
     """Build the preset, check and measure its cases, print the tables; 1 if `--check` finds a target missed."""
     options = parse_arguments()
     transformers_logging.disable_progress_bar()
-    log.set_up()
+    # What each case says about its interventions and prompt is in the table.
+    log.set_up(logging.WARNING)
     preset = PRESETS[options.preset]
     cases = cases_of(preset, options)
     with tempfile.TemporaryDirectory(prefix="aullm-train-step-") as folder:
@@ -125,6 +127,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--suffix-multiple", type=int, default=1)
     parser.add_argument("--nondeterministic", action="store_true", help="training.deterministic: false")
     parser.add_argument("--workers", type=int, default=2, help="processes of the loader")
+    parser.add_argument("--threads", type=int, help="as training.cpu_threads, for CPUs")
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed")
     parser.add_argument("--warm-up", type=int, default=3, help="steps before that")
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -86,7 +86,7 @@ def _qwen3_32b() -> Qwen3Config:
 
 _LLAMA_8B = functools.partial(_llama, 4096, 14336, 32, 32, 8)
 PRESETS = {
-    "tiny": Preset("Llama, width 512, 2 layers", functools.partial(_llama, 512, 1792, 2, 4, 1, 1024), precision="fp32"),
+    "tiny": Preset("Llama, width 256, 2 layers", functools.partial(_llama, 256, 896, 2, 4, 1, 1024), precision="fp32"),
     "8b-bf16": Preset("Llama 3.1 8B", _LLAMA_8B),
     "8b-nf4": Preset("Llama 3.1 8B", _LLAMA_8B, "nf4"),
     "32b-nf4": Preset("Qwen3 32B", _qwen3_32b, "nf4", "non_reentrant"),
@@ -172,6 +172,7 @@ def settings_of(preset: Preset, options: object) -> list[str]:
         "model.dropout": 0.0,
         "training.precision": preset.precision,
         "training.deterministic": "false" if options.nondeterministic else "true",
+        "training.cpu_threads": options.threads or "null",
         "data.workers": options.workers,
     }
     return [f"{key}={value}" for key, value in chosen.items()]
