@@ -219,14 +219,10 @@ def _dense_mask(
 
     if config._attn_implementation == LIBRARY_NAMES["flex"]:
         # Not the library's: it compiles what makes the mask, which takes far longer than making it.
-        return create_block_mask(
-            lambda batch, head, query, key: (query >= key) & visible(batch, head, query, key),
-            B=None,
-            H=None,
-            Q_LEN=len(positions),
-            KV_LEN=len(positions),
-            device=positions.device,
-        )
+        def causal(batch, head, query, key):
+            return (query >= key) & visible(batch, head, query, key)
+
+        return create_block_mask(causal, None, None, len(positions), len(positions), positions.device)
     # The library adds the causal part, and knows the form: boolean for sdpa, additive in the embeddings' dtype for
     # eager.
     return create_causal_mask(
