@@ -104,7 +104,7 @@ def _baseline_config(config: Config, folder: Path) -> Config | None:
     baseline.model.llm = "none"
     baseline.model.readout = "last"
     baseline.training.output = str(folder / "baseline")
-    baseline.model.quantization = "none"
+    baseline.model.quantization = baseline.model.compile = "none"
     baseline.training.baseline = False
     chances = (config.counterfactual.appearance_probability, config.counterfactual.neutral_probability)
     baseline.counterfactual.branches = min(config.counterfactual.branches, sum(chance > 0 for chance in chances))

@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from aullm_dist.config import load
+from aullm_dist.config.checks import check
 from aullm_dist.errors import UserError
 from aullm_dist.model import packing
 from aullm_dist.model.compiled import compile_blocks
@@ -12,6 +13,7 @@ from aullm_dist.model.llm import load_backbone
 from aullm_dist.model.packing import decoder_of, packed_hidden, rows_of
 from aullm_dist.model.prompt import build_prompt
 from aullm_dist.model.reasoner import Reasoner
+from aullm_dist.train_cli import _baseline_config
 
 AUS = (1, 2, 4)
 PREFIX, SUFFIX, WIDTH = 10, 4, 32
@@ -152,3 +154,10 @@ def test_compiled_blocks_are_refused_under_zero3(monkeypatch):
     config = load(None, ["model.compile=blocks", "training.strategy=zero3"])
     with pytest.raises(UserError, match="allowed with ZeRO-3: none"):
         run_module.run(None, config, "new", None)
+
+
+def test_the_baseline_of_a_compiled_run_is_a_valid_run(tmp_path):
+    settings = ["model.compile=blocks", "model.suffix_multiple=8", "training.baseline=true", "data.train=[somewhere]"]
+    baseline = _baseline_config(load(None, settings), tmp_path)
+    assert (baseline.model.llm, baseline.model.compile) == ("none", "none")
+    check(baseline)
