@@ -19,7 +19,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from aullm_dist.config import Strategy, TrainingConfig
+from aullm_dist.config import Strategy, TrainingConfig, load_strategy
 from aullm_dist.errors import UserError
 
 
@@ -29,16 +29,22 @@ def deepspeed_plugin(strategy: Strategy, training: TrainingConfig, processes: in
     Raises:
         UserError: DeepSpeed is not installed, or refuses the JSON.
     """
-    config = strategy.resolved(training, processes, processes_here())
+    config = resolved(training, processes)
     _import_deepspeed(strategy)
     _check_zero_section(strategy, config["zero_optimization"])
     _stand_alone()
     return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
 
 
-def processes_here() -> int | None:
-    """Return the number of processes that the launcher started on this machine, None if it did not say."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
+def resolved(training: TrainingConfig, processes: int) -> dict[str, Any] | None:
+    """Return the DeepSpeed configuration of a run as started here, every "auto" filled in; None for DDP.
+
+    Raises:
+        UserError: the processes cannot be divided as the strategy says.
+    """
+    # None where the launcher does not say how many of them are on this machine.
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
+    return load_strategy(training.strategy).resolved(training, processes, processes_here)
 
 
 def hide_from_transformers() -> None:

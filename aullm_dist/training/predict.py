@@ -4,11 +4,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
-from aullm_dist.config import Config, apply_overrides, from_dict, load_strategy, to_dict
+from aullm_dist.config import Config, apply_overrides, from_dict, to_dict
 from aullm_dist.data.clips import ClipStore
 from aullm_dist.errors import UserError
 from aullm_dist.log import get_logger
@@ -20,7 +19,7 @@ from aullm_dist.training.heldout import Answers, HeldOut
 from aullm_dist.training.manifest import MANIFEST_NAME, read_manifest
 from aullm_dist.training.placement import placement_of
 from aullm_dist.training.retention import find_newest_valid
-from aullm_dist.training.run import self_check
+from aullm_dist.training.run import refuse_compiled, self_check
 
 logger = get_logger(__name__)
 
@@ -29,6 +28,8 @@ CHANGEABLE = (
     "model.attention",
     "model.packing",
     "model.suffixes_per_row",
+    "model.suffix_multiple",
+    "model.compile",
     "model.kernels",
     "model.trust_remote_code",
     "training.strategy",
@@ -75,6 +76,8 @@ def find_trained(path: Path, overrides: Sequence[str], processes: int) -> Traine
             )
     if config.model.llm == "tiny":
         config.model.llm = manifest["base"]["name"]
+    # Compiling takes longer than most predictions, and ZeRO-3 does not go with it.
+    config.model.compile = "none"
     config.training.processes = None
     if processes == 1:
         config.training.strategy = "ddp"
@@ -98,10 +101,10 @@ def predict(accelerator: Accelerator, trained: Trained, datasets: Sequence[Path]
         UserError: a dataset, the checkpoint or its LLM cannot be used, or do not belong together.
     """
     config = trained.config
+    refuse_compiled(config)
     store = together(accelerator, lambda: ClipStore(datasets, config.data.size))
-    built = build_model(
-        config, trained.aus, config.model.llm, placement_of(accelerator, _sharding(accelerator, config))
-    )
+    sharding = engine.resolved(config.training, accelerator.num_processes)
+    built = build_model(config, trained.aus, config.model.llm, placement_of(accelerator, sharding))
     built.model.to(accelerator.device)
     model = engine.serve(accelerator, built.model)
     saved = together(
@@ -118,11 +121,6 @@ def predict(accelerator: Accelerator, trained: Trained, datasets: Sequence[Path]
     on_main(accelerator, lambda: _refuse_not_finite(answers))
     engine.release(accelerator, model)
     return answers
-
-
-def _sharding(accelerator: Accelerator, config: Config) -> dict[str, Any] | None:
-    strategy = load_strategy(config.training.strategy)
-    return strategy.resolved(config.training, accelerator.num_processes, engine.processes_here())
 
 
 def _refuse_not_finite(answers: Answers) -> None:

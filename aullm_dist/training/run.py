@@ -39,7 +39,7 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
         UserError: anything in the user's input that cannot work, before a step is trained and before the run folder
             counts as a run.
     """
-    _refuse_compiled(config)
+    refuse_compiled(config)
     folder = on_main(accelerator, lambda: workspace.check_run_folder(config, mode))
     train_folders, test_folders = on_main(accelerator, lambda: workspace.datasets_of(config))
     store = together(accelerator, lambda: ClipStore([*train_folders, *test_folders], config.data.size))
@@ -49,9 +49,7 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
         chosen = (together(accelerator, lambda: select_fold(plan.folds, config.data.fold)),)
     _report_data(store, plan)
     llm_path = on_main(accelerator, lambda: workspace.backbone_of(config))
-    sharding = load_strategy(config.training.strategy).resolved(
-        config.training, accelerator.num_processes, engine.processes_here()
-    )
+    sharding = engine.resolved(config.training, accelerator.num_processes)
     placement = placement_of(accelerator, sharding)
     # Not in `together`: the processes talk while they load, and agree there on what each finds in its files.
     built = build_model(config, plan.aus, llm_path, placement)
@@ -79,7 +77,7 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
     return folder
 
 
-def _refuse_compiled(config: Config) -> None:
+def refuse_compiled(config: Config) -> None:
     """Refuse compiled blocks where the engine gathers and frees their parameters in hooks inside of them."""
     if config.model.compile != "none" and load_strategy(config.training.strategy).stage == 3:
         raise UserError(
