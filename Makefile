@@ -25,11 +25,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/accelerate launch $(LAUNCH) aullm_dist/train.py
 
-test: setup
-	$(BIN)/python -m pytest
+# What starts processes of its own has the machine to itself.
+test: test-unit
+	$(BIN)/python -m pytest tests/run
 
 test-unit: setup
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest --numprocesses 2 tests/unit
 
 check: setup
 	$(BIN)/ruff format --check .

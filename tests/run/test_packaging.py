@@ -15,6 +15,7 @@ import yaml
 import aullm_dist
 
 ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = str(ROOT / "benchmarks")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # Distribution -> the name it is imported by, where the two differ.
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
@@ -22,6 +23,7 @@ IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 TOOLS = {
     "build": ("tests/run/test_packaging.py", '"-m", "build"'),
     "pytest-timeout": ("pyproject.toml", "timeout = "),
+    "pytest-xdist": ("Makefile", "--numprocesses"),
     "ruff": ("Makefile", "ruff check"),
     "setuptools": ("pyproject.toml", 'build-backend = "setuptools.build_meta"'),
     "triton": ("kernels/aullm_kernels/dispatch.py", '"triton"'),
@@ -47,7 +49,8 @@ def _pins() -> dict[str, str]:
 def _third_party_imports(*folders: str) -> dict[str, str]:
     """Return each imported top-level name that is neither ours nor Python's, with one file that imports it."""
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    ours = {"aullm_dist", "aullm_kernels", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    beside = [path.stem for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    ours = {"aullm_dist", "aullm_kernels", *beside}
     found = {}
     for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -213,3 +216,12 @@ def test_the_wheel_holds_the_packages_and_nothing_else(installed):
     assert top == {"aullm_dist", "aullm_kernels", f"aullm_dist-{aullm_dist.__version__}.dist-info"}
     sources = {path.relative_to(ROOT) for path in (ROOT / "aullm_dist").rglob("*.py")}
     assert sources == {path.relative_to(site_packages) for path in (site_packages / "aullm_dist").rglob("*.py")}
+
+
+def test_the_benchmark_of_the_step_needs_neither_deepspeed_nor_datasets():
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('deepspeed', 'datasets', 'pyarrow', 'tensorboard'))); "
+        f"sys.path.insert(0, {BENCHMARKS!r}); import train_step; print(sorted(train_step.PRESETS))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert "70b-nf4" in done.stdout, done.stderr

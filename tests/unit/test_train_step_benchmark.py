@@ -1,13 +1,11 @@
 """The benchmark of the whole step: shapes, arithmetic, random weights in place, and its verdicts."""
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from benchmark_scripts import FOLDER, benchmark
+from benchmark_scripts import benchmark
 
 from aullm_dist.model.packing import decoder_of
 from aullm_dist.model.piecewise import model_without_storage
@@ -138,12 +136,3 @@ def test_the_targets_say_pass_or_miss(bench):
         "name": "", "found": None, "bar": 4.0, "met": False,
     }  # fmt: skip
     assert bench.targets_of("8b-nf4", rows, SimpleNamespace(device=torch.device("cpu"), recomputed=False)) == []
-
-
-def test_it_needs_neither_deepspeed_nor_datasets():
-    code = (
-        "import sys; sys.modules.update(dict.fromkeys(('deepspeed', 'datasets', 'pyarrow', 'tensorboard'))); "
-        f"sys.path.insert(0, {str(FOLDER)!r}); import train_step; print(sorted(train_step.PRESETS))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert "70b-nf4" in done.stdout, done.stderr
