@@ -204,7 +204,9 @@ class FoldTrainer:
         """Answer inner and test clips, store the logits by sample id, log metrics and sensitivities."""
         views = {"inner": self.inner_view, "test": self.test_view}
         answers = {
-            role: self.held_out.answer(self.model, view, self.soft_tokens if role == self.shown else ())
+            role: self.held_out.answer(
+                self.model, view, self.soft_tokens if role == self.shown else (), name=f"Evaluating on {role} clips"
+            )
             for role, view in views.items()
             if len(view)
         }

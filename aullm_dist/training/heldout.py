@@ -1,5 +1,6 @@
 """Answers on held-out clips, every clip once over all processes, and what the answers owe to CT and IT."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from tqdm import tqdm
 
 from aullm_dist.data.clips import ClipView
 from aullm_dist.model.aullm import Ablation
 from aullm_dist.training.batches import ClipRecipe, evaluation_batches
 from aullm_dist.training.engine import settle
 
+_SHOWN_AFTER_SECONDS = 3.0
 Score = Callable[[tuple[np.ndarray, np.ndarray], Sequence[int]], dict[str, Any]]
 
 
@@ -43,12 +46,13 @@ class HeldOut:
         self.accelerator, self.recipe, self.aus, self.micro_batch = accelerator, recipe, tuple(aus), micro_batch
 
     def answer(
-        self, model: nn.Module, view: ClipView, ablations: Sequence[Ablation] = ()
+        self, model: nn.Module, view: ClipView, ablations: Sequence[Ablation] = (), *, name: str = "Held-out clips"
     ) -> dict[Ablation | None, Answers]:
         """Return the logits of every clip of `view`, on every process: under None as the model is, and per ablation.
 
         The plain model runs, not its distributed wrapper: there is nothing to synchronise, and the processes may have
-        different numbers of clips. Each clip is decoded once, whatever the number of ablations.
+        different numbers of clips. Each clip is decoded once, whatever the number of ablations. If it takes longer
+        than a moment, a progress bar called `name` counts the clips.
         """
         accelerator = self.accelerator
         labels = view.labels(self.aus)
@@ -60,7 +64,17 @@ class HeldOut:
         batches = evaluation_batches(
             view, labels, self.recipe, self.micro_batch, accelerator.num_processes, accelerator.process_index
         )
-        with torch.no_grad():
+        bar = tqdm(
+            total=len(view),
+            desc=name,
+            unit="clip",
+            disable=not accelerator.is_main_process,
+            delay=_SHOWN_AFTER_SECONDS,
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+            dynamic_ncols=True,
+            leave=False,
+        )
+        with torch.no_grad(), bar:
             for batch, counted in batches:
                 batch = batch.to(accelerator.device)
                 factual = batch.rows["factual"][0]
@@ -70,6 +84,8 @@ class HeldOut:
                 ]
                 answers = torch.stack(rows, dim=1).float().cpu().tolist()
                 mine += list(zip(batch.sample_ids, answers, strict=True))[:counted]
+                # The clips of the others are as far.
+                bar.update(min(counted * accelerator.num_processes, len(view) - bar.n))
         settle(model)
         plain.train(was_training)
         by_id = dict(gather_object(mine))

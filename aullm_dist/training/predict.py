@@ -117,7 +117,8 @@ def predict(accelerator: Accelerator, trained: Trained, datasets: Sequence[Path]
     logger.info("Checkpoint: %s, step %d", trained.folder, saved.trainer["step"])
     together(accelerator, lambda: self_check(config, built))
     held_out = HeldOut(accelerator, evaluation_recipe(config, built), trained.aus, config.training.micro_batch)
-    answers = held_out.answer(model, store.view([sample.sample_id for sample in store.samples]))[None]
+    everything = store.view([sample.sample_id for sample in store.samples])
+    answers = held_out.answer(model, everything, name="Predicting")[None]
     on_main(accelerator, lambda: _refuse_not_finite(answers))
     engine.release(accelerator, model)
     return answers
