@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from aullm_dist.config import load_strategy
 from aullm_dist.config.schema import TrainingConfig
+from aullm_dist.endings import leave
 from aullm_dist.model import quantization
 from aullm_dist.model.packing import decoder_of
 from aullm_dist.model.piecewise import load_in_pieces
@@ -108,7 +108,7 @@ def main(mode: str, base: str, strategy: str, branches: int, tokens: int, result
         strategy=strategy, precision="bf16", micro_batch=1, global_batch=int(os.environ["WORLD_SIZE"]), cpu_threads=1
     )
     accelerator = context.start(training)
-    deepspeed = load_strategy(strategy).resolved(training, accelerator.num_processes)
+    deepspeed = engine.resolved(training, accelerator.num_processes)
     # What the libraries make once belongs to the baseline: gloo's connections, bitsandbytes' own import.
     dist.all_reduce(torch.ones(1))
     quantization.pack(torch.ones(64), quantization.nf4_config(torch.bfloat16))
@@ -140,11 +140,8 @@ def main(mode: str, base: str, strategy: str, branches: int, tokens: int, result
     row["losses"] = losses
     accelerator.wait_for_everyone()
     Path(results, f"{mode}-{row['rank']}.json").write_text(json.dumps(row))
-    accelerator.wait_for_everyone()
-    context.stop()
-    # gloo's threads outlive the process group and may abort an ordinary end.
-    sys.stdout.flush()
-    os._exit(0)
+    context.stop(accelerator)
+    leave(0)
 
 
 if __name__ == "__main__":

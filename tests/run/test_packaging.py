@@ -15,7 +15,6 @@ import yaml
 import aullm_dist
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = str(ROOT / "benchmarks")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # Distribution -> the name it is imported by, where the two differ.
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
@@ -216,12 +215,3 @@ def test_the_wheel_holds_the_packages_and_nothing_else(installed):
     assert top == {"aullm_dist", "aullm_kernels", f"aullm_dist-{aullm_dist.__version__}.dist-info"}
     sources = {path.relative_to(ROOT) for path in (ROOT / "aullm_dist").rglob("*.py")}
     assert sources == {path.relative_to(site_packages) for path in (site_packages / "aullm_dist").rglob("*.py")}
-
-
-def test_the_benchmark_of_the_step_needs_neither_deepspeed_nor_datasets():
-    code = (
-        "import sys; sys.modules.update(dict.fromkeys(('deepspeed', 'datasets', 'pyarrow', 'tensorboard'))); "
-        f"sys.path.insert(0, {BENCHMARKS!r}); import train_step; print(sorted(train_step.PRESETS))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert "70b-nf4" in done.stdout, done.stderr
