@@ -30,6 +30,10 @@ class EdgeTable:
     num_nodes: int
     incoming: Tensor = field(init=False, repr=False)
     """Edge id of each slot, `[A, K]` int64, -1 where the slot is free."""
+    incoming_slots: Tensor = field(init=False, repr=False)
+    """Edge id, source and relation of each slot, `[3, K, A]` int32, -1 where it is free: what the kernels read."""
+    outgoing_slots: Tensor = field(init=False, repr=False)
+    """The same of outgoing edges: edge id, target and relation, `[3, L, A]` int32."""
     min_relations: int = field(init=False)
     """The smallest number of relation types that covers `relation`."""
 
@@ -39,16 +43,12 @@ class EdgeTable:
             raise ValueError(f"num_nodes is {self.num_nodes!r}, allowed is an integer from 1 up")
         for name in ("target", "source", "relation"):
             self._check_column(name)
-        target = self.target.tolist()
-        degree = [0] * self.num_nodes
-        slots = []
-        for node in target:
-            slots.append(degree[node])
-            degree[node] += 1
-        incoming = torch.full((self.num_nodes, max(degree)), -1, dtype=torch.int64)
-        incoming[target, slots] = torch.arange(len(target))
+        incoming = _edge_rows(self.target, self.num_nodes)
+        outgoing = _edge_rows(self.source, self.num_nodes)
         object.__setattr__(self, "incoming", incoming.to(self.target.device))
-        object.__setattr__(self, "min_relations", int(self.relation.max()) + 1 if target else 0)
+        object.__setattr__(self, "incoming_slots", _slots(incoming, self.source, self.relation))
+        object.__setattr__(self, "outgoing_slots", _slots(outgoing, self.target, self.relation))
+        object.__setattr__(self, "min_relations", int(self.relation.max()) + 1 if self.num_edges else 0)
 
     def _check_column(self, name: str) -> None:
         column = getattr(self, name)
@@ -84,3 +84,24 @@ class EdgeTable:
             value = getattr(self, item.name)
             object.__setattr__(moved, item.name, value.to(device) if isinstance(value, Tensor) else value)
         return moved
+
+
+def _edge_rows(node: Tensor, num_nodes: int) -> Tensor:
+    """Lay the edges out in one row per node, `[A, K]` int64 on the host; `node` is the one an edge belongs to."""
+    nodes = node.tolist()
+    degree = [0] * num_nodes
+    slots = []
+    for index in nodes:
+        slots.append(degree[index])
+        degree[index] += 1
+    rows = torch.full((num_nodes, max(degree)), -1, dtype=torch.int64)
+    rows[nodes, slots] = torch.arange(len(nodes))
+    return rows
+
+
+def _slots(rows: Tensor, other: Tensor, relation: Tensor) -> Tensor:
+    """Return edge, other node and relation of each slot `[3, K, A]` int32; nodes last, as a tile reads them."""
+    free = rows < 0
+    columns = (rows, *(torch.cat([c.cpu(), c.new_zeros(1, device="cpu")])[rows] for c in (other, relation)))
+    stacked = torch.stack([column.masked_fill(free, -1).t() for column in columns])
+    return stacked.to(torch.int32).contiguous().to(other.device)

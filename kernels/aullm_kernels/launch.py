@@ -1,0 +1,66 @@
+"""What every launch of a Triton kernel shares: number types, the device, and the options of the compiler."""
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETING = triton.knobs.runtime.interpret
+"""Whether Triton runs kernels in its interpreter; decided by TRITON_INTERPRET when triton was imported."""
+
+
+class Numbers(NamedTuple):
+    """Types that a kernel computes in.
+
+    Attributes:
+        acc: Type of everything that is not an operand of a matrix product.
+        dot: Type of a product's operands.
+        precision: How float32 operands are multiplied.
+    """
+
+    acc: tl.dtype
+    dot: tl.dtype
+    precision: str
+
+
+def numbers(*tensors: Tensor | None, interpreting: bool = INTERPRETING) -> Numbers:
+    """Choose the types for these inputs; they accumulate in float32, or in float64 (interpreter only) if one has it.
+
+    Products take bfloat16 operands where all inputs are bfloat16. float16 becomes tf32, which holds all of its values
+    and does not underflow; anything else is float32 to nearly full precision, in three tf32 products. The interpreter
+    multiplies neither bfloat16 nor tf32 as a GPU does, so it takes the accumulator's type.
+    """
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    if interpreting:
+        acc = tl.float64 if torch.float64 in dtypes else tl.float32
+        return Numbers(acc, acc, "ieee")
+    if dtypes == {torch.bfloat16}:
+        return Numbers(tl.float32, tl.bfloat16, "tf32")
+    return Numbers(tl.float32, tl.float32, "tf32" if dtypes == {torch.float16} else "tf32x3")
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, tile: Any, **constants: Any):
+    """Run `kernel` on `grid`; nothing runs on an empty one.
+
+    Args:
+        kernel: A `triton.jit` function.
+        grid: Number of programs in each of up to three dimensions.
+        arguments: Positional arguments of the kernel.
+        device: Device of its tensors, which need not be the current one.
+        tile: Row of the configuration table: warps and stages.
+        constants: Compile-time arguments.
+    """
+    if 0 in grid:
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](
+            *arguments,
+            **constants,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            # Off by default from triton 3.10 on, which costs the graph kernels a tenth of their instructions.
+            enable_fp_fusion=True,
+        )
