@@ -143,6 +143,22 @@ def _graph_attention_forward_kernel(
 
 
 @triton.jit
+def _pick(b_values, i_k, k, ACC: tl.constexpr):
+    """Column `k` of `[BLOCK_A, K]`."""
+    return tl.sum(tl.where((i_k == k)[None, :], b_values, tl.zeros(b_values.shape, ACC)), axis=1)
+
+
+@triton.jit
+def _slot_softmax(b_logits, ACC: tl.constexpr):
+    """Softmax over the slots of `[BLOCK_A, K]`; a row of -inf gives zeros."""
+    b_max = tl.max(b_logits, axis=1)
+    b_max = tl.where(b_max == float("-inf"), tl.zeros(b_max.shape, ACC), b_max)
+    b_p = tl.exp(b_logits - b_max[:, None])
+    b_sum = tl.sum(b_p, axis=1)
+    return b_p * tl.where(b_sum > 0, 1.0 / tl.where(b_sum > 0, b_sum, 1.0), 0.0)[:, None]
+
+
+@triton.jit
 def _graph_attention_target_kernel(
     d_xl_ptr, d_relation_ptr, d_attention_ptr, d_gate_ptr, d_score_ptr, d_total_ptr, weight_ptr,
     grad_ptr, xl_ptr, xr_ptr, relation_ptr, attention_ptr, gate_ptr, slots_ptr,
@@ -152,92 +168,93 @@ def _graph_attention_target_kernel(
     RELATIONS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_F: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Over incoming edges: gradients of `xl`, of scores `[G, H, E]` and of the parameters (one partial per program)."""
+    """Over incoming edges: gradients of `xl`, of scores `[G, H, E]` and of the parameters (one partial per program).
+
+    What there is per slot lies in `[BLOCK_A, K]` tiles, and neighbours are gathered again where they are needed: with
+    everything in registers, as forward, this pass spills.
+    """
     i_p = tl.cast(tl.program_id(0), tl.int64)
     i_h = tl.program_id(1)
     i_a = tl.program_id(2) * BLOCK_A + tl.arange(0, BLOCK_A)
     i_f = tl.arange(0, BLOCK_F)
+    i_k = tl.arange(0, K)
     i_rel = tl.arange(0, RELATIONS)
     b_slope = tl.full((), slope, ACC)
     width = H * F
-    inside = (i_a < A)[:, None] & (i_f < F)[None, :]
+    node = i_a < A
+    inside = node[:, None] & (i_f < F)[None, :]
     b_attention = tl.load(attention_ptr + i_h * F + i_f, mask=i_f < F, other=0.0).to(ACC)[None, :]
+    in_table = node[:, None] & (i_k < degree)[None, :]
+    slots_at = slots_ptr + i_k[None, :] * A + i_a[:, None]
+    b_edges = tl.load(slots_at, mask=in_table, other=-1)
+    b_relations = tl.load(slots_at + 2 * degree * A, mask=in_table, other=-1)
+    there = b_edges >= 0
+    b_gates = tl.load(gate_ptr + b_relations * H + i_h, mask=there, other=0.0).to(ACC)
     d_attention = tl.zeros((BLOCK_A, BLOCK_F), ACC)
     d_relation = tl.zeros((RELATIONS, BLOCK_F), ACC)
-    d_gate = tl.zeros((RELATIONS,), ACC)
-    for i_v in range(i_p, V, tl.num_programs(0)):
-        offset = tl.cast(i_v, tl.int64) * A * width + i_h * F
-        b_xl = _load_rows(xl_ptr + offset, i_a, i_f, width, i_a < A, F, ACC)
-        scores = ()
-        edges = ()
-        relations = ()
-        gates = ()
-        neighbours = ()
-        totals = ()
-        gate_sums = ()
-        for k in tl.static_range(K):
+    d_gates = tl.zeros((BLOCK_A, K), ACC)
+    for row in range(i_p, V, tl.num_programs(0)):
+        i_v = tl.cast(row, tl.int64)
+        offset = i_v * A * width + i_h * F
+        b_xl = _load_rows(xl_ptr + offset, i_a, i_f, width, node, F, ACC)
+        b_scores = tl.zeros((BLOCK_A, K), ACC)
+        for k in range(0, degree):
             i_e, i_n, i_r = _load_slot(slots_ptr, k, i_a, A, degree)
-            b_xr = _load_rows(xr_ptr + offset, i_n, i_f, width, i_e >= 0, F, ACC)
-            b_z = b_xl + b_xr + _load_rows(relation_ptr + i_h * F, i_r, i_f, width, i_e >= 0, F, ACC)
-            scores = scores + (tl.sum(_leaky(b_z, b_slope) * b_attention, axis=1),)
-            edges = edges + (i_e,)
-            relations = relations + (i_r,)
-            gates = gates + (tl.load(gate_ptr + i_r * H + i_h, mask=i_e >= 0, other=0.0).to(ACC),)
-            neighbours = neighbours + (b_xr,)
-            totals = totals + (tl.zeros((BLOCK_A,), ACC),)
-            gate_sums = gate_sums + (tl.zeros((BLOCK_A,), ACC),)
+            b_z = b_xl + _load_rows(xr_ptr + offset, i_n, i_f, width, i_e >= 0, F, ACC)
+            b_z += _load_rows(relation_ptr + i_h * F, i_r, i_f, width, i_e >= 0, F, ACC)
+            b_s = tl.sum(_leaky(b_z, b_slope) * b_attention, axis=1)
+            b_scores = tl.where((i_k == k)[None, :], b_s[:, None], b_scores)
+        b_totals = tl.zeros((BLOCK_A, K), ACC)
         first, last = _branch_range(starts_ptr, i_v, SHARED)
         for i in range(first, last):
             i_g = tl.cast(_branch(order_ptr, i, SHARED), tl.int64)
-            alphas = _softmax(
-                scores, edges, strength_ptr, mask_ptr, i_g, stride_sg, stride_se, stride_mg, stride_me,
-                K, HAS_STRENGTH, HAS_MASK, ACC,
-            )  # fmt: skip
-            at = grad_ptr + i_g * A * width + i_h * F + i_a[:, None] * width + i_f[None, :]
-            b_g = tl.load(at, mask=inside, other=0.0).to(ACC)
-            d_gated = ()
-            b_delta = tl.zeros((BLOCK_A,), ACC)
-            for k in tl.static_range(K):
-                b_d = alphas[k] * tl.sum(b_g * neighbours[k], axis=1)
-                b_delta += b_d * gates[k]
-                d_gated = d_gated + (b_d,)
-            next_totals = ()
-            next_sums = ()
-            edge_offset = (i_g * H + i_h) * E
-            for k in tl.static_range(K):
-                b_ds = d_gated[k] * gates[k] - alphas[k] * b_delta
-                there = edges[k] >= 0
-                tl.store(d_score_ptr + edge_offset + edges[k], b_ds, mask=there)
-                tl.store(weight_ptr + edge_offset + edges[k], alphas[k] * gates[k], mask=there)
-                next_totals = next_totals + (totals[k] + b_ds,)
-                next_sums = next_sums + (gate_sums[k] + d_gated[k],)
-            totals = next_totals
-            gate_sums = next_sums
+            keep = there
+            b_logits = b_scores
+            if HAS_STRENGTH:
+                strength_at = strength_ptr + i_g * stride_sg + b_edges * stride_se
+                b_logits = b_logits + tl.load(strength_at, mask=there, other=0.0).to(ACC)
+            if HAS_MASK:
+                keep = keep & (tl.load(mask_ptr + i_g * stride_mg + b_edges * stride_me, mask=there, other=0) != 0)
+            b_alpha = _slot_softmax(tl.where(keep, b_logits, float("-inf")), ACC)
+            grad_at = grad_ptr + i_g * A * width + i_h * F + i_a[:, None] * width + i_f[None, :]
+            b_g = tl.load(grad_at, mask=inside, other=0.0).to(ACC)
+            b_d = tl.zeros((BLOCK_A, K), ACC)
+            for k in range(0, degree):
+                i_e, i_n, i_r = _load_slot(slots_ptr, k, i_a, A, degree)
+                b_xr = _load_rows(xr_ptr + offset, i_n, i_f, width, i_e >= 0, F, ACC)
+                b_d = tl.where((i_k == k)[None, :], tl.sum(b_g * b_xr, axis=1)[:, None], b_d)
+            b_d = b_d * b_alpha
+            b_weight = b_alpha * b_gates
+            b_ds = b_d * b_gates
+            b_ds = b_ds - b_alpha * tl.sum(b_ds, axis=1)[:, None]
+            edge_at = (i_g * H + i_h) * E + b_edges
+            tl.store(d_score_ptr + edge_at, b_ds, mask=there)
+            tl.store(weight_ptr + edge_at, b_weight, mask=there)
+            b_totals += b_ds
+            d_gates += b_d
+        if SHARED:
+            tl.store(d_total_ptr + (i_v * H + i_h) * E + b_edges, b_totals, mask=there)
         d_xl = tl.zeros((BLOCK_A, BLOCK_F), ACC)
-        for k in tl.static_range(K):
-            b_z = b_xl + neighbours[k]
-            b_z += _load_rows(relation_ptr + i_h * F, relations[k], i_f, width, edges[k] >= 0, F, ACC)
-            d_attention += totals[k][:, None] * _leaky(b_z, b_slope)
-            b_dz = totals[k][:, None] * tl.where(b_z > 0, b_attention, b_attention * b_slope)
+        for k in range(0, degree):
+            i_e, i_n, i_r = _load_slot(slots_ptr, k, i_a, A, degree)
+            b_z = b_xl + _load_rows(xr_ptr + offset, i_n, i_f, width, i_e >= 0, F, ACC)
+            b_z += _load_rows(relation_ptr + i_h * F, i_r, i_f, width, i_e >= 0, F, ACC)
+            b_t = _pick(b_totals, i_k, k, ACC)[:, None]
+            d_attention += b_t * _leaky(b_z, b_slope)
+            b_dz = b_t * tl.where(b_z > 0, b_attention, b_attention * b_slope)
             d_xl += b_dz
-            of_relation = i_rel[:, None] == relations[k][None, :]
-            # Each relation's rows summed by a product: exact in tf32x3, because one operand is 0 or 1.
-            d_relation += tl.dot(of_relation.to(ACC), b_dz, input_precision=PRECISION, out_dtype=ACC)
-            d_gate += tl.sum(tl.where(of_relation, gate_sums[k][None, :], 0.0), axis=1)
-            if SHARED:
-                at = d_total_ptr + (tl.cast(i_v, tl.int64) * H + i_h) * E + edges[k]
-                tl.store(at, totals[k], mask=edges[k] >= 0)
-        at = d_xl_ptr + offset + i_a[:, None] * width + i_f[None, :]
-        tl.store(at, d_xl.to(d_xl_ptr.dtype.element_ty), mask=inside)
+            # The rows of each relation summed by a product, exact in tf32x3 because one operand is 0 or 1.
+            of_relation = (i_rel[:, None] == i_r[None, :]).to(ACC)
+            d_relation += tl.dot(of_relation, b_dz, input_precision=PRECISION, out_dtype=ACC)
+        d_xl_at = d_xl_ptr + offset + i_a[:, None] * width + i_f[None, :]
+        tl.store(d_xl_at, d_xl.to(d_xl_ptr.dtype.element_ty), mask=inside)
     i_part = i_p * tl.num_programs(2) + tl.program_id(2)
-    tl.store(
-        d_attention_ptr + i_part * width + i_h * F + i_f,
-        tl.sum(d_attention, axis=0),
-        mask=i_f < F,
-    )
-    at = d_relation_ptr + i_part * R * width + i_h * F + i_rel[:, None] * width + i_f[None, :]
-    tl.store(at, d_relation, mask=(i_rel < R)[:, None] & (i_f < F)[None, :])
-    tl.store(d_gate_ptr + i_part * R * H + i_rel * H + i_h, d_gate, mask=i_rel < R)
+    tl.store(d_attention_ptr + i_part * width + i_h * F + i_f, tl.sum(d_attention, axis=0), mask=i_f < F)
+    d_relation_at = d_relation_ptr + i_part * R * width + i_h * F + i_rel[:, None] * width + i_f[None, :]
+    tl.store(d_relation_at, d_relation, mask=(i_rel < R)[:, None] & (i_f < F)[None, :])
+    for r in range(0, R):
+        b_of = tl.where(b_relations == r, d_gates, tl.zeros((BLOCK_A, K), ACC))
+        tl.store(d_gate_ptr + i_part * R * H + r * H + i_h, tl.sum(tl.sum(b_of, axis=1), axis=0))
 
 
 @triton.jit
@@ -245,7 +262,7 @@ def _graph_attention_source_kernel(
     d_xr_ptr, d_total_ptr, weight_ptr, grad_ptr, xl_ptr, xr_ptr, relation_ptr, attention_ptr, slots_ptr,
     order_ptr, starts_ptr,
     A, H, E, degree, slope,
-    F: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
+    F: tl.constexpr, SHARED: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_F: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Over outgoing edges: the gradient of `xr`, from the weights and score gradients of the first pass."""
@@ -259,7 +276,7 @@ def _graph_attention_source_kernel(
     b_xr = _load_rows(xr_ptr + offset, i_a, i_f, width, i_a < A, F, ACC)
     b_attention = tl.load(attention_ptr + i_h * F + i_f, mask=i_f < F, other=0.0).to(ACC)[None, :]
     b_acc = tl.zeros((BLOCK_A, BLOCK_F), ACC)
-    for k in tl.static_range(K):
+    for k in range(0, degree):
         i_e, i_n, i_r = _load_slot(slots_ptr, k, i_a, A, degree)
         b_z = b_xr + _load_rows(xl_ptr + offset, i_n, i_f, width, i_e >= 0, F, ACC)
         b_z += _load_rows(relation_ptr + i_h * F, i_r, i_f, width, i_e >= 0, F, ACC)
@@ -268,7 +285,7 @@ def _graph_attention_source_kernel(
     first, last = _branch_range(starts_ptr, i_v, SHARED)
     for i in range(first, last):
         i_g = tl.cast(_branch(order_ptr, i, SHARED), tl.int64)
-        for k in tl.static_range(K):
+        for k in range(0, degree):
             i_e, i_n, i_r = _load_slot(slots_ptr, k, i_a, A, degree)
             b_w = tl.load(weight_ptr + (i_g * H + i_h) * E + i_e, mask=i_e >= 0, other=0.0).to(ACC)
             b_g = _load_rows(grad_ptr + i_g * A * width + i_h * F, i_n, i_f, width, i_e >= 0, F, ACC)
@@ -348,7 +365,7 @@ def backward(
         ACC=types.acc,
         PRECISION="ieee" if INTERPRETING else "tf32x3",
     )
-    tile_ = tile("graph_attention_source", features=features, degree=outgoing.shape[1])
+    tile_ = tile("graph_attention_source", features=features)
     launch(
         _graph_attention_source_kernel,
         (rows, heads, triton.cdiv(nodes, tile_.block)),
@@ -358,7 +375,9 @@ def backward(
         device=xl.device,
         tile=tile_,
         SHARED=branches.order is not None,
-        **_sizes(tile_, features),
+        F=features,
+        BLOCK_A=tile_.block,
+        BLOCK_F=tile_.size["features"],
         ACC=types.acc,
     )
 

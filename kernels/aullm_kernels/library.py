@@ -145,12 +145,15 @@ def _graph_attention_backward(
     )
 
 
-for _name, _run in (
-    ("evidence_pool_forward", _evidence_pool_forward),
-    ("evidence_pool_backward", _evidence_pool_backward),
-    ("graph_attention_forward", _graph_attention_forward),
-    ("graph_attention_backward", _graph_attention_backward),
-):
+EAGER = {
+    "evidence_pool_forward": _evidence_pool_forward,
+    "evidence_pool_backward": _evidence_pool_backward,
+    "graph_attention_forward": _graph_attention_forward,
+    "graph_attention_backward": _graph_attention_backward,
+}
+"""What runs for tensors with memory, by the operator's name."""
+
+for _name, _run in EAGER.items():
     for _device in ("CUDA", "CPU"):
         _LIBRARY.impl(_name, _run, _device)
 

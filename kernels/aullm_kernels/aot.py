@@ -1,0 +1,216 @@
+"""Compile every shipped configuration for its GPU without having one, and hold the result to `kernels.lock.json`.
+
+    python -m aullm_kernels.aot            # check
+    python -m aullm_kernels.aot --write    # write the lock anew, after a change that was meant
+
+Each launch that the package can make is made with tensors that have no memory, and what would have been launched is
+compiled instead: arguments, specialisation and options are those of a run. A configuration fails if it does not
+compile, spills registers to memory, needs more shared memory than a program may have, or more registers or shared
+memory than the lock says. Needs triton, not a GPU; the interpreter must be off, so tests start this as a process.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aullm_kernels.tables import FAMILY, families, tiles
+
+LOCK = Path(__file__).with_name("kernels.lock.json")
+_SHARED_MEMORY_LIMIT = 232448
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One call of the package: an op, its pass, a dtype, a mode and sizes."""
+
+    op: str
+    stage: str
+    dtype: str
+    mode: str
+    size: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{name}={value}" for name, value in self.size)
+        return f"{self.op} {self.stage} {self.dtype} {self.mode} {sizes}"
+
+
+def cases(family: str = FAMILY) -> list[Case]:
+    """Return every call that uses another kernel, tile or specialisation."""
+    found = []
+    for stage, modes in (("forward", ("plain", "full", "transposed")), ("backward", ("full", "frozen", "transposed"))):
+        for channels in sorted({tile.size["channels"] for tile in tiles(f"evidence_pool_{stage}", family)}):
+            size = (("channels", channels),)
+            found += [Case("evidence_pool", stage, dtype, mode, size) for dtype in _DTYPES for mode in modes]
+            found.append(Case("evidence_pool", stage, "bf16", "full", (("channels", channels - 28),)))
+    for tile in tiles("graph_attention_forward", family):
+        for stage in ("forward", "backward"):
+            size = tuple(tile.size.items())
+            found += [Case("graph_attention", stage, dtype, "branches", size) for dtype in _DTYPES]
+            found.append(Case("graph_attention", stage, "bf16", "plain", size))
+    return found
+
+
+@dataclass(slots=True)
+class _Launch:
+    kernel: Any
+    arguments: tuple
+    constants: dict[str, Any]
+    tile: Any
+
+
+def _record(case: Case) -> list[_Launch]:
+    """Make the call of `case` with tensors without memory and return what it would have launched."""
+    from aullm_kernels import evidence_kernels, graph_kernels, library
+
+    launches: list[_Launch] = []
+
+    def record(kernel, grid, *arguments, device, tile, **constants) -> None:
+        assert 0 not in grid, grid
+        launches.append(_Launch(kernel, arguments, constants, tile))
+
+    evidence_kernels.launch = graph_kernels.launch = record
+    size = dict(case.size)
+    dtype = _DTYPES[case.dtype]
+    if case.op == "evidence_pool":
+        _call_evidence_pool(library, case, dtype, size["channels"])
+    else:
+        _call_graph_attention(library, case, dtype, size["features"], size["degree"])
+    return launches
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _call_evidence_pool(library: Any, case: Case, dtype: torch.dtype, channels: int) -> None:
+    batch, num_cells, heads, num_regions = 512, 162, 4, 9
+    cells = _empty(batch, num_cells, channels, dtype=dtype)
+    if case.mode == "transposed":
+        cells = _empty(batch, channels, num_cells, dtype=dtype).transpose(1, 2)
+    queries = _empty(batch, heads, channels, dtype=dtype)
+    regions = _empty(num_cells, dtype=torch.int64)
+    valid = None if case.mode in ("plain", "transposed") else _empty(batch, num_cells, dtype=torch.bool)
+    join = None if case.mode == "plain" else _empty(batch, 256, dtype=dtype)
+    forward = library.EAGER["evidence_pool_forward"]
+    out, pooled, stats = library.evidence_outputs(cells, queries, join, num_regions)
+    if case.stage == "forward":
+        forward(cells, queries, regions, valid, join, num_regions)
+    else:
+        library.EAGER["evidence_pool_backward"](
+            out, cells, queries, regions, valid, pooled, stats, num_regions, case.mode != "frozen", True
+        )
+
+
+def _call_graph_attention(library: Any, case: Case, dtype: torch.dtype, features: int, degree: int) -> None:
+    rows, branches, nodes, heads, relations = 1024, 1024, 27, 4, 5
+    xl, xr = _empty(rows, nodes, heads, features, dtype=dtype), _empty(rows, nodes, heads, features, dtype=dtype)
+    parameters = [
+        _empty(*shape, dtype=torch.float32)
+        for shape in ((relations, heads, features), (heads, features), (relations, heads))
+    ]
+    num_edges = nodes * degree
+    slots = _empty(3, degree, nodes, dtype=torch.int32)
+    strength, mask, index = None, None, None
+    if case.mode == "branches":
+        branches *= 3
+        strength = _empty(branches, num_edges, dtype=dtype)
+        mask = _empty(1, num_edges, dtype=torch.bool).expand(branches, -1)
+        index = _empty(branches, dtype=torch.int64)
+    if case.stage == "forward":
+        library.EAGER["graph_attention_forward"](xl, xr, *parameters, slots, strength, mask, index, 0.2)
+    else:
+        grad = _empty(branches, nodes, heads, features, dtype=dtype)
+        library.EAGER["graph_attention_backward"](
+            grad, xl, xr, *parameters, slots, slots, strength, mask, index, num_edges, 0.2
+        )
+
+
+def _source(launch: _Launch) -> Any:
+    """Return what the just-in-time compiler would compile for this launch."""
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    constants = dict(launch.constants)
+    for index, name in enumerate(launch.kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        value = launch.arguments[index]
+        if value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _assembler(arch: int) -> str:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return get_ptxas(arch).path
+
+
+def _registers(ptx: str, arch: int) -> tuple[int, int]:
+    """Assemble Triton's own PTX once more, verbosely: registers of a thread, bytes that it spills."""
+    target = re.search(r"\.target\s+(sm_\w+)", ptx)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx, encoding="utf-8")
+        command = [_assembler(arch), "-v", f"--gpu-name={target}", str(path), "-o", f"{path}.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    text = done.stdout + done.stderr
+    spilled = re.search(r"(\d+) bytes spill stores", text)
+    return int(re.search(r"Used (\d+) registers", text)[1]), int(spilled[1]) if spilled else 0
+
+
+def compile_case(case: Case, family: str = FAMILY) -> dict[str, dict[str, int]]:
+    """Compile the kernels of one call: name -> registers, spilled bytes, shared memory in bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    major, minor = families()[family]["capability"]
+    arch = 10 * major + minor
+    results = {}
+    for launch in _record(case):
+        compiled = triton.compile(
+            _source(launch),
+            target=GPUTarget("cuda", arch, 32),
+            options={"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, "enable_fp_fusion": True},
+        )
+        registers, spilled = _registers(compiled.asm["ptx"], arch)
+        name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+        results[f"{name} | {case}"] = {
+            "registers": registers,
+            "spilled": spilled,
+            "shared": compiled.metadata.shared,
+        }
+    return results
