@@ -57,6 +57,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = load(find_config(args.config or DEMO), args.overrides)
         load_strategy(config.training.strategy)
+        if config.model.kernels == "interpret":
+            # Read by Triton when it is imported, which has not happened yet.
+            os.environ["TRITON_INTERPRET"] = "1"
         if args.overrides and not args.config:
             log.get_logger().info("No --config: settings that are not given are those of the demo")
         return _train(config, _mode(args))

@@ -56,8 +56,9 @@ class ModelConfig:
     """Start the edge strengths from the training fold's co-activations instead of the literature alone."""
     dropout: float = 0.1
     """Dropout of visual backbone, projector and graph."""
-    kernels: Literal["auto", "torch"] = "auto"
-    """Implementation of evidence_pool and graph_attention; this version has the one in PyTorch."""
+    kernels: Literal["auto", "triton", "torch", "interpret"] = "auto"
+    """Implementation of evidence_pool and graph_attention: `auto` is Triton on a GPU that it has configurations for and
+    plain PyTorch elsewhere; `interpret` runs the Triton kernels on the CPU, slowly, to check them."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -130,19 +130,17 @@ class EvidenceProjector(nn.Module):
         Returns:
             `[V, D]`, each row with the root mean square `embedding_rms`.
         """
-        parts = []
+        join = high
         if self.evidence != "high_only":
-            rows = evidence_pool(
+            join = evidence_pool(
                 cells,
                 self._queries(high),
                 self.regions,
+                join=None if self.evidence == "mid_only" else high,
                 num_regions=NUM_REGIONS,
                 implementation=self.implementation,
-            )
-            parts.append(rows.flatten(1))
-        if self.evidence != "mid_only":
-            parts.append(high)
-        joined = self.dropout(self.norm(torch.cat(parts, dim=1)))
+            ).flatten(1)
+        joined = self.dropout(self.norm(join))
         gate, up = self.gate_up(joined).chunk(2, dim=1)
         return self.scale(self.down(F.silu(gate) * up))
 

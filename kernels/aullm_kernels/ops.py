@@ -1,7 +1,7 @@
 """The public functions: they check their arguments, choose an implementation and call it.
 
-A new implementation is one more entry in `_IMPLEMENTATIONS` and in `dispatch.BUILT`; it takes the arguments of its
-twin in `reference.py`, already checked.
+`triton` and `interpret` are the same code, compiled or interpreted. An implementation takes the arguments of its twin in
+`reference.py`, already checked.
 """
 
 from typing import Any
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from aullm_kernels import reference
+from aullm_kernels import functions, reference
 from aullm_kernels.dispatch import resolve
 from aullm_kernels.edges import EdgeTable
 
 _IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
-    "evidence_pool": {"torch": reference.evidence_pool},
-    "graph_attention": {"torch": reference.graph_attention},
+    name: {"torch": getattr(reference, name), "triton": kernels, "interpret": kernels}
+    for name, kernels in (("evidence_pool", functions.evidence_pool), ("graph_attention", functions.graph_attention))
 }
 # Index tensors whose values were found in range, with their version: a look at values on a GPU would stall it at
 # every step.
@@ -28,6 +28,7 @@ def evidence_pool(
     queries: Tensor,
     regions: Tensor,
     valid: Tensor | None = None,
+    join: Tensor | None = None,
     *,
     num_regions: int = 9,
     implementation: str = "auto",
@@ -42,22 +43,32 @@ def evidence_pool(
         queries: Queries in cell space, `[B, H, C]`; H may be 0.
         regions: Region of each cell, `[N]` int64 in `0..num_regions-1`.
         valid: Which cells count, `[B, N]` bool; None means all.
+        join: What follows the rows in one join with them, `[B, J]`; None returns the rows alone.
         num_regions: Number of regions `R`.
         implementation: `auto`, `triton`, `torch` or `interpret`.
 
     Returns:
-        `[B, H+1+R, C]` in the type of `cells`; low precision inputs are accumulated in float32.
+        `[B, H+1+R, C]` in the type of `cells`, or the join `[B, (H+1+R)*C + J]` in the wider type of `cells` and `join`;
+        low precision inputs are accumulated in float32.
 
     Raises:
         ValueError: An argument has a wrong shape, type, device or value, or the implementation cannot run.
     """
     _check_evidence(cells, queries, valid)
     _check_tensor("regions", regions, (cells.shape[1],), torch.int64, cells.device)
+    if join is not None:
+        _check_tensor("join", join, (cells.shape[0], "J"), None, cells.device)
     if num_regions < 1:
         raise ValueError(f"num_regions is {num_regions}, allowed is 1 and up")
     _check_range("regions", regions, num_regions)
-    chosen, _ = resolve("evidence_pool", implementation, cells.device)
-    return _IMPLEMENTATIONS["evidence_pool"][chosen](cells, queries, regions, valid, num_regions=num_regions)
+    chosen, _ = resolve(
+        "evidence_pool",
+        implementation,
+        cells.device,
+        sizes={"rows": queries.shape[1] + 1 + num_regions, "channels": cells.shape[2]},
+        dtypes=_dtypes(cells, queries, join),
+    )
+    return _IMPLEMENTATIONS["evidence_pool"][chosen](cells, queries, regions, valid, join, num_regions=num_regions)
 
 
 def evidence_attention(cells: Tensor, queries: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -131,7 +142,13 @@ def graph_attention(
         _check_tensor("strength", strength, (branches, edges.num_edges), None, xl.device)
     if mask is not None:
         _check_tensor("mask", mask, (branches, edges.num_edges), torch.bool, xl.device)
-    chosen, _ = resolve("graph_attention", implementation, xl.device)
+    chosen, _ = resolve(
+        "graph_attention",
+        implementation,
+        xl.device,
+        sizes={"features": features, "degree": edges.incoming.shape[1], "relations": relations},
+        dtypes=_dtypes(xl, xr, relation_embedding, attention, gate, strength),
+    )
     return _IMPLEMENTATIONS["graph_attention"][chosen](
         xl,
         xr,
@@ -144,6 +161,10 @@ def graph_attention(
         branch_index=branch_index,
         negative_slope=negative_slope,
     )
+
+
+def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype, ...]:
+    return tuple(tensor.dtype for tensor in tensors if tensor is not None)
 
 
 def _check_evidence(cells: Tensor, queries: Tensor, valid: Tensor | None) -> None:

@@ -14,12 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aullm_kernels.buffers import accumulation_dtype
 from aullm_kernels.edges import EdgeTable
-
-
-def _accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any tensor has it, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager:
@@ -39,7 +35,7 @@ def _masked_softmax(scores: Tensor, keep: Tensor) -> Tensor:
 def evidence_attention(cells: Tensor, queries: Tensor, valid: Tensor | None = None) -> Tensor:
     """Reference of `aullm_kernels.evidence_attention`."""
     with _full_precision(cells.device):
-        dtype = _accumulation_dtype(cells, queries)
+        dtype = accumulation_dtype(cells, queries)
         cells, queries = cells.to(dtype), queries.to(dtype)
         if valid is not None:
             cells = cells.masked_fill(~valid[:, :, None], 0.0)
@@ -52,12 +48,18 @@ def _evidence_weights(cells: Tensor, queries: Tensor, valid: Tensor | None) -> T
 
 
 def evidence_pool(
-    cells: Tensor, queries: Tensor, regions: Tensor, valid: Tensor | None = None, *, num_regions: int = 9
+    cells: Tensor,
+    queries: Tensor,
+    regions: Tensor,
+    valid: Tensor | None = None,
+    join: Tensor | None = None,
+    *,
+    num_regions: int = 9,
 ) -> Tensor:
     """Reference of `aullm_kernels.evidence_pool`."""
-    output_dtype = cells.dtype
+    output_dtype = cells.dtype if join is None else torch.promote_types(cells.dtype, join.dtype)
     with _full_precision(cells.device):
-        dtype = _accumulation_dtype(cells, queries)
+        dtype = accumulation_dtype(cells, queries)
         cells, queries = cells.to(dtype), queries.to(dtype)
         present = cells.new_ones(cells.shape[0], 1, cells.shape[1])
         if valid is not None:
@@ -69,7 +71,8 @@ def evidence_pool(
         mean_weights = torch.cat([present, member], dim=1)
         mean_weights = mean_weights / mean_weights.sum(dim=-1, keepdim=True).clamp(min=1.0)
         weights = torch.cat([_evidence_weights(cells, queries, valid), mean_weights], dim=1)
-        return (weights @ cells).to(output_dtype)
+        rows = (weights @ cells).to(output_dtype)
+        return rows if join is None else torch.cat([rows.flatten(1), join.to(output_dtype)], dim=1)
 
 
 def graph_attention(
@@ -88,7 +91,7 @@ def graph_attention(
     """Reference of `aullm_kernels.graph_attention`."""
     output_dtype = xl.dtype
     with _full_precision(xl.device):
-        dtype = _accumulation_dtype(xl, xr, relation_embedding, attention, gate, strength)
+        dtype = accumulation_dtype(xl, xr, relation_embedding, attention, gate, strength)
         xl, xr, relation_embedding, attention, gate = (
             t.to(dtype) for t in (xl, xr, relation_embedding, attention, gate)
         )
