@@ -10,6 +10,7 @@ memory than the lock says. Needs triton, not a GPU; the interpreter must be off,
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aullm_kernels.tables import FAMILY, families, tiles
+from aullm_kernels.tables import FAMILY, Tile, families, tiles
 
 LOCK = Path(__file__).with_name("kernels.lock.json")
 _SHARED_MEMORY_LIMIT = 232448
@@ -61,16 +62,25 @@ def cases(family: str = FAMILY) -> list[Case]:
     """Return every call that uses another kernel, tile or specialisation."""
     found = []
     for stage, modes in (("forward", ("plain", "full", "transposed")), ("backward", ("full", "frozen", "transposed"))):
-        for channels in sorted({tile.size["channels"] for tile in tiles(f"evidence_pool_{stage}", family)}):
-            size = (("channels", channels),)
-            found += [Case("evidence_pool", stage, dtype, mode, size) for dtype in _DTYPES for mode in modes]
-            found.append(Case("evidence_pool", stage, "bf16", "full", (("channels", channels - 28),)))
+        for tile in tiles(f"evidence_pool_{stage}", family):
+            dtype = {16: "bf16", 19: "fp16", 32: "fp32"}[tile.size["bits"]]
+            channels = tile.size["channels"]
+            found += [Case("evidence_pool", stage, dtype, mode, (("channels", channels),)) for mode in modes]
+            # Rows of cells that are no multiple of 16 bytes.
+            found.append(Case("evidence_pool", stage, dtype, "full", (("channels", channels - 28),)))
     for tile in tiles("graph_attention_forward", family):
-        for stage in ("forward", "backward"):
-            size = tuple(tile.size.items())
-            found += [Case("graph_attention", stage, dtype, "branches", size) for dtype in _DTYPES]
-            found.append(Case("graph_attention", stage, "bf16", "plain", size))
+        found += [Case("graph_attention", "forward", *mode, _sizes(tile)) for mode in _GRAPH_MODES]
+    for tile in tiles("graph_attention_target", family):
+        found += [Case("graph_attention", "backward", *mode, _sizes(tile)) for mode in _GRAPH_MODES]
     return found
+
+
+# Everything is cast after it is loaded, so that the type changes loads and stores only.
+_GRAPH_MODES = (("bf16", "branches"), ("bf16", "plain"), ("fp16", "branches"), ("fp32", "branches"))
+
+
+def _sizes(tile: Tile) -> tuple[tuple[str, int], ...]:
+    return tuple((name, tile.size[name]) for name in ("features", "degree"))
 
 
 @dataclass(slots=True)
@@ -214,3 +224,92 @@ def compile_case(case: Case, family: str = FAMILY) -> dict[str, dict[str, int]]:
             "shared": compiled.metadata.shared,
         }
     return results
+
+
+def compile_all(jobs: int, family: str = FAMILY) -> dict[str, dict[str, int]]:
+    """Compile every case in `jobs` processes: name of a kernel and its case -> what it takes.
+
+    Raises:
+        RuntimeError: A case does not compile; the message names it.
+    """
+    results: dict[str, dict[str, int]] = {}
+    # A forked child would inherit torch's threads in an unknown state.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        pending = {case: pool.submit(compile_case, case, family) for case in cases(family)}
+        for case, future in pending.items():
+            error = future.exception()
+            if error is not None:
+                raise RuntimeError(f"{case}: does not compile: {error}") from error
+            results.update(future.result())
+    return dict(sorted(results.items()))
+
+
+def complaints(found: dict[str, dict[str, int]], locked: dict[str, dict[str, int]] | None) -> Iterator[str]:
+    """Yield a line for each kernel that spills, takes too much, or takes more than the lock allows."""
+    for name, taken in found.items():
+        if taken["spilled"]:
+            yield f"{name}: spills {taken['spilled']} bytes of registers"
+        if taken["shared"] > _SHARED_MEMORY_LIMIT:
+            yield f"{name}: needs {taken['shared']} bytes of shared memory, a program may have {_SHARED_MEMORY_LIMIT}"
+        if locked is None:
+            continue
+        if name not in locked:
+            yield f"{name}: is not in {LOCK.name}"
+            continue
+        for what in ("registers", "shared"):
+            if taken[what] > locked[name][what]:
+                yield f"{name}: takes {taken[what]} {what}, {LOCK.name} allows {locked[name][what]}"
+    for name in sorted((locked or {}).keys() - found.keys()):
+        yield f"{name}: is in {LOCK.name} but was not compiled"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile, then check or write the lock; 0 if nothing is to be said, 2 if it cannot run here."""
+    parser = argparse.ArgumentParser(prog="python -m aullm_kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"write {LOCK.name} instead of checking against it")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
+    args = parser.parse_args(argv)
+    if importlib.util.find_spec("triton") is None:
+        return _say("the package triton is not installed", 2)
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return _say("TRITON_INTERPRET is set: unset it, an interpreter compiles nothing", 2)
+    lock = json.loads(LOCK.read_text(encoding="utf-8")) if LOCK.exists() and not args.write else {}
+    # Another version of the compiler counts registers in its own way: then only what fails everywhere is checked.
+    locked = lock.get(triton.__version__)
+    if locked is None and not args.write:
+        sys.stderr.write(f"aot: {LOCK.name} has no entry for triton {triton.__version__}: registers are not compared\n")
+    start = time.perf_counter()
+    try:
+        found = compile_all(args.jobs)
+    except RuntimeError as error:
+        return _say(str(error), 1)
+    lines = list(complaints(found, locked))
+    for line in lines:
+        _say(line, 1)
+    if args.write and not lines:
+        LOCK.write_text(_as_json({triton.__version__: found}), encoding="utf-8")
+    sys.stdout.write(
+        f"{len(found)} kernels for sm_90a, triton {triton.__version__}, {time.perf_counter() - start:.0f} s: "
+        f"{len(lines)} complaints\n"
+    )
+    return 1 if lines else 0
+
+
+def _say(line: str, code: int) -> int:
+    sys.stderr.write(f"aot: {line}\n")
+    return code
+
+
+def _as_json(lock: dict[str, dict[str, dict[str, int]]]) -> str:
+    """One line per kernel, so that a change shows as one."""
+    parts = []
+    for version, kernels in lock.items():
+        rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(taken)}" for name, taken in kernels.items())
+        parts.append(f"  {json.dumps(version)}: {{\n{rows}\n  }}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -40,7 +40,7 @@ def resolve(
         requested: `auto`, `triton`, `torch` or `interpret`; `auto` lets the environment variable decide.
         device: Device of the op's tensors.
         sizes: Sizes that the configuration table limits, by name; None checks none.
-        dtypes: Types of the op's floating point tensors.
+        dtypes: Types of the op's floating point tensors, those that enter matrix products if it has any.
 
     Returns:
         The implementation and the reason for it.
@@ -87,7 +87,12 @@ def _obstacle(
     if missing:
         return "the package triton is not installed"
     obstacle = _interpreter_obstacle() if wanted == "interpret" else _compiler_obstacle(place)
-    return obstacle or tables.oversize(op, **dict(sizes)) or _dtype_obstacle(wanted, dtypes)
+    if obstacle or not sizes:
+        return obstacle
+    limited = dict(sizes)
+    if op == "evidence_pool" and wanted == "triton":
+        limited["bits"] = tables.operand_bits(*dtypes)
+    return _dtype_obstacle(wanted, dtypes) or tables.oversize(op, **limited)
 
 
 def _interpreter_obstacle() -> str | None:

@@ -265,5 +265,5 @@ def _size(cells: Tensor, queries: Tensor, num_regions: int, types: Numbers) -> d
     return {
         "rows": queries.shape[1] + 1 + num_regions,
         "channels": cells.shape[2],
-        "bytes": 2 if types.dot.primitive_bitwidth == 16 else 4,
+        "bits": types.bits,
     }

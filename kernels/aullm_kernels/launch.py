@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aullm_kernels.tables import operand_bits
+
 INTERPRETING = triton.knobs.runtime.interpret
 """Whether Triton runs kernels in its interpreter; decided by TRITON_INTERPRET when triton was imported."""
 
@@ -16,11 +18,13 @@ class Numbers(NamedTuple):
     """Types that a kernel computes in.
 
     Attributes:
+        bits: Bits of a product's operands, as the configuration table counts them.
         acc: Type of everything that is not an operand of a matrix product.
         dot: Type of a product's operands.
         precision: How float32 operands are multiplied.
     """
 
+    bits: int
     acc: tl.dtype
     dot: tl.dtype
     precision: str
@@ -31,15 +35,14 @@ def numbers(*tensors: Tensor | None, interpreting: bool = INTERPRETING) -> Numbe
 
     Products take bfloat16 operands where all inputs are bfloat16. float16 becomes tf32, which holds all of its values
     and does not underflow; anything else is float32 to nearly full precision, in three tf32 products. The interpreter
-    multiplies neither bfloat16 nor tf32 as a GPU does, so it takes the accumulator's type.
+    multiplies neither bfloat16 nor tf32 as a GPU does, so it takes the accumulator's type, and needs no registers.
     """
     dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
     if interpreting:
         acc = tl.float64 if torch.float64 in dtypes else tl.float32
-        return Numbers(acc, acc, "ieee")
-    if dtypes == {torch.bfloat16}:
-        return Numbers(tl.float32, tl.bfloat16, "tf32")
-    return Numbers(tl.float32, tl.float32, "tf32" if dtypes == {torch.float16} else "tf32x3")
+        return Numbers(16, acc, acc, "ieee")
+    bits = operand_bits(*dtypes)
+    return Numbers(bits, tl.float32, tl.bfloat16 if bits == 16 else tl.float32, "tf32x3" if bits == 32 else "tf32")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, tile: Any, **constants: Any):

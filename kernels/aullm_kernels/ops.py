@@ -66,7 +66,7 @@ def evidence_pool(
         implementation,
         cells.device,
         sizes={"rows": queries.shape[1] + 1 + num_regions, "channels": cells.shape[2]},
-        dtypes=_dtypes(cells, queries, join),
+        dtypes=_dtypes(cells, queries),
     )
     return _IMPLEMENTATIONS["evidence_pool"][chosen](cells, queries, regions, valid, join, num_regions=num_regions)
 

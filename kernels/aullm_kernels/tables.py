@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 _FILE = Path(__file__).with_name("configs.json")
 FAMILY = "hopper"
 """The family whose tiles the interpreter takes as well."""
@@ -19,7 +21,8 @@ class Tile:
     """One row of the table.
 
     Attributes:
-        size: Largest size that the row is for, by name: rows, channels, bytes of an element, features, degree.
+        size: Largest size that the row is for, by name: rows, channels and bits of a product's operands; features,
+            degree and relations.
         block: Cells or nodes of a tile.
         warps: Warps of a program.
         stages: Stages of software pipelining.
@@ -33,7 +36,7 @@ class Tile:
 
 @functools.cache
 def families() -> dict[str, dict]:
-    """Return `configs.json`: family -> compute capability, largest sizes, rows per kernel."""
+    """Return `configs.json`: family -> compute capability, programs that sum parameters' gradients, rows per kernel."""
     return json.loads(_FILE.read_text(encoding="utf-8"))
 
 
@@ -49,16 +52,31 @@ def tiles(kernel: str, family: str = FAMILY) -> tuple[Tile, ...]:
 
 def tile(kernel: str, family: str = FAMILY, **size: int) -> Tile:
     """Return the first row of `kernel` that is large enough; `oversize` has told before whether there is one."""
-    return next(t for t in tiles(kernel, family) if all(value <= t.size[name] for name, value in size.items()))
+    return next(row for row in tiles(kernel, family) if _fits(row, size))
 
 
 def oversize(op: str, family: str = FAMILY, **size: int) -> str | None:
-    """Say which size of `op` is above what its configurations allow, or None."""
-    for name, value in size.items():
-        limit = families()[family]["limits"][op][name]
-        if value > limit:
-            return f"{name} is {value}, the configurations for {family} allow up to {limit}"
+    """Say that some kernel of `op` has no row large enough for these sizes, and what the largest are, or return None."""
+    for kernel in families()[family]["kernels"]:
+        rows = tiles(kernel, family)
+        if kernel.startswith(op) and not any(_fits(row, size) for row in rows):
+            largest = [row for row in rows if not any(_fits(other, row.size) for other in rows if other is not row)]
+            allowed = " or ".join(_describe(row.size) for row in largest)
+            return f"{_describe(size)} is more than the configurations for {family} allow: {allowed}"
     return None
+
+
+def operand_bits(*dtypes: torch.dtype) -> int:
+    """Return the bits of a product's operands on a GPU: 16 (bfloat16), 19 (tf32, for float16) or 32 (three tf32)."""
+    return {frozenset({torch.bfloat16}): 16, frozenset({torch.float16}): 19}.get(frozenset(dtypes), 32)
+
+
+def _fits(row: Tile, size: dict[str, int]) -> bool:
+    return all(value <= row.size[name] for name, value in size.items())
+
+
+def _describe(size: dict[str, int]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in size.items())
 
 
 def family_of(capability: tuple[int, int]) -> str | None:
