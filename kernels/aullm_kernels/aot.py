@@ -76,7 +76,7 @@ def cases(family: str = FAMILY) -> list[Case]:
 
 
 # Everything is cast after it is loaded, so that the type changes loads and stores only.
-_GRAPH_MODES = (("bf16", "branches"), ("bf16", "plain"), ("fp16", "branches"), ("fp32", "branches"))
+_GRAPH_MODES = (("bf16", "branches"), ("bf16", "plain"), ("fp16", "plain"), ("fp32", "branches"))
 
 
 def _sizes(tile: Tile) -> tuple[tuple[str, int], ...]:
@@ -183,29 +183,25 @@ def _source(launch: _Launch) -> Any:
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def _assembler(arch: int) -> str:
-    from triton.backends.nvidia.compiler import get_ptxas
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Return the registers of a thread and the bytes that it spills: no kernel has a stack for anything else."""
+    import triton
 
-    return get_ptxas(arch).path
-
-
-def _registers(ptx: str, arch: int) -> tuple[int, int]:
-    """Assemble Triton's own PTX once more, verbosely: registers of a thread, bytes that it spills."""
-    target = re.search(r"\.target\s+(sm_\w+)", ptx)[1]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx, encoding="utf-8")
-        command = [_assembler(arch), "-v", f"--gpu-name={target}", str(path), "-o", f"{path}.cubin"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    text = done.stdout + done.stderr
-    spilled = re.search(r"(\d+) bytes spill stores", text)
-    return int(re.search(r"Used (\d+) registers", text)[1]), int(spilled[1]) if spilled else 0
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
+    return int(found[1]), int(found[2]) + int(found[3])
 
 
 def compile_case(case: Case, family: str = FAMILY) -> dict[str, dict[str, int]]:
     """Compile the kernels of one call: name -> registers, spilled bytes, shared memory in bytes."""
     import triton
     from triton.backends.compiler import GPUTarget
+
+    from aullm_kernels.launch import OPTIONS
 
     major, minor = families()[family]["capability"]
     arch = 10 * major + minor
@@ -214,9 +210,9 @@ def compile_case(case: Case, family: str = FAMILY) -> dict[str, dict[str, int]]:
         compiled = triton.compile(
             _source(launch),
             target=GPUTarget("cuda", arch, 32),
-            options={"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, "enable_fp_fusion": True},
+            options={**OPTIONS, **launch.tile.options()},
         )
-        registers, spilled = _registers(compiled.asm["ptx"], arch)
+        registers, spilled = _resources(compiled.asm["cubin"])
         name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
         results[f"{name} | {case}"] = {
             "registers": registers,

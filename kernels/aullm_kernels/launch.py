@@ -8,10 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aullm_kernels.tables import operand_bits
+from aullm_kernels.tables import Tile, operand_bits
 
 INTERPRETING = triton.knobs.runtime.interpret
 """Whether Triton runs kernels in its interpreter; decided by TRITON_INTERPRET when triton was imported."""
+
+# Off by default from triton 3.10 on, which costs the graph kernels a tenth of their instructions.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 class Numbers(NamedTuple):
@@ -45,7 +48,9 @@ def numbers(*tensors: Tensor | None, interpreting: bool = INTERPRETING) -> Numbe
     return Numbers(bits, tl.float32, tl.bfloat16 if bits == 16 else tl.float32, "tf32x3" if bits == 32 else "tf32")
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, tile: Any, **constants: Any):
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, tile: Tile, **constants: Any
+) -> None:
     """Run `kernel` on `grid`; nothing runs on an empty one.
 
     Args:
@@ -53,7 +58,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.de
         grid: Number of programs in each of up to three dimensions.
         arguments: Positional arguments of the kernel.
         device: Device of its tensors, which need not be the current one.
-        tile: Row of the configuration table: warps and stages.
+        tile: Row of the configuration table.
         constants: Compile-time arguments.
     """
     if 0 in grid:
@@ -62,8 +67,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.de
         kernel[grid](
             *arguments,
             **constants,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            # Off by default from triton 3.10 on, which costs the graph kernels a tenth of their instructions.
-            enable_fp_fusion=True,
+            **OPTIONS,
+            **tile.options(),
         )

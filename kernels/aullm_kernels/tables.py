@@ -26,12 +26,20 @@ class Tile:
         block: Cells or nodes of a tile.
         warps: Warps of a program.
         stages: Stages of software pipelining.
+        registers: Most registers of a thread; None leaves that to the assembler, which spills a few for more programs
+            at a time where it sees fit.
     """
 
     size: dict[str, int]
     block: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """Return the options of the compiler."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 @functools.cache
@@ -45,8 +53,8 @@ def tiles(kernel: str, family: str = FAMILY) -> tuple[Tile, ...]:
     """Return the rows of a kernel, smallest sizes first."""
     found = []
     for row in families()[family]["kernels"][kernel]:
-        size = {name: value for name, value in row.items() if name not in ("block", "warps", "stages")}
-        found.append(Tile(size, row["block"], row["warps"], row["stages"]))
+        shape = {name: row[name] for name in ("block", "warps", "stages", "registers") if name in row}
+        found.append(Tile({name: value for name, value in row.items() if name not in shape}, **shape))
     return tuple(found)
 
 
