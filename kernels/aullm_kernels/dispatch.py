@@ -69,12 +69,10 @@ def resolve(
     return chosen, reason
 
 
-@torch.compiler.assume_constant_result
 def _device_name(device: str) -> str:
     return torch.cuda.get_device_name(device)
 
 
-@torch.compiler.assume_constant_result
 def _obstacle(
     op: str, wanted: str, device: str, sizes: tuple[tuple[str, int], ...], dtypes: tuple[torch.dtype, ...]
 ) -> str | None:
@@ -126,3 +124,8 @@ def _dtype_obstacle(wanted: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
             names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
             return f"a tensor is {str(dtype).removeprefix('torch.')}, its types are {names}"
     return None
+
+
+# What torch.compiler.assume_constant_result does; calling it imports the compiler, and with it triton.
+_obstacle._dynamo_marked_constant = True
+_device_name._dynamo_marked_constant = True

@@ -1,15 +1,12 @@
-"""The kernels as torch operators `aullm::*`, with shapes for tracing and FLOP formulas; Triton is imported at a launch.
+"""The kernels as torch operators `aullm::*`, with shapes for tracing; Triton is imported at a launch.
 
 Autograd is not registered here: `functions.py` puts it around the operators, which is what tracing, checkpointing and
 the interpreter agree on. Outputs that nobody needs are empty tensors, because an operator's results have a fixed
 number.
 """
 
-import math
-
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from aullm_kernels.buffers import (
     Branches,
@@ -179,32 +176,3 @@ def _(grad, xl, xr, relation_embedding, attention, gate, incoming, outgoing, str
     gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
     last = xl.new_empty(0) if strength is None else torch.empty_like(strength, memory_format=torch.contiguous_format)
     return (*gradients, last)
-
-
-# A multiply-add counts as two. Evidence: scores and sums of every row; backward twice scores, and the three products
-# that the gradients take. Graph: 8 per edge and feature forward, 20 backward (see docs/kernels.md).
-
-
-@register_flop_formula(torch.ops.aullm.evidence_pool_forward)
-def _(cells_shape, queries_shape, regions_shape, valid_shape, join_shape, num_regions, **_) -> int:
-    return 4 * (queries_shape[1] + 1 + num_regions) * math.prod(cells_shape)
-
-
-@register_flop_formula(torch.ops.aullm.evidence_pool_backward)
-def _(grad, cells, queries, regions, valid, pooled, stats, num_regions, need_d_cells, need_d_queries, **_) -> int:
-    return (4 + 4 * need_d_cells + 2 * need_d_queries) * (queries[1] + 1 + num_regions) * math.prod(cells)
-
-
-@register_flop_formula(torch.ops.aullm.graph_attention_forward)
-def _(xl, xr, relation_embedding, attention, gate, incoming, strength, mask, branch_index, *_, **__) -> int:
-    return _graph_flops(xl, incoming, branch_index, 6, 2)
-
-
-@register_flop_formula(torch.ops.aullm.graph_attention_backward)
-def _(grad, xl, xr, relation_embedding, attention, gate, incoming, outgoing, strength, mask, branch_index, *_, **__):
-    return _graph_flops(xl, incoming, branch_index, 16, 4)
-
-
-def _graph_flops(xl, incoming, branch_index, per_row: int, per_branch: int) -> int:
-    branches = xl[0] if branch_index is None else branch_index[0]
-    return (per_row * xl[0] + per_branch * branches) * incoming[1] * math.prod(xl[1:])

@@ -59,7 +59,7 @@ def test_round_trip_through_plain_dictionaries():
         ("training:\n  seed: 99999999999999999999\n", ["training.seed", "4294967295"]),
         ("training:\n  asl_gamma_positive: 0.5\n", ["asl_gamma_positive is 0.5", "from 1"]),
         ("training:\n  output: ''\n", ["training.output is empty"]),
-        ("model:\n  kernels: triton\n", ["model.kernels is 'triton'", "auto, torch"]),
+        ("model:\n  kernels: cuda\n", ["model.kernels is 'cuda'", "auto, triton, torch, interpret"]),
         ("training:\n  global_batch: 7\n  micro_batch: 2\n", ["global_batch is 7", "multiple"]),
         ("training:\n  global_batch: 8\n  micro_batch: 4\n  processes: 3\n", ["= 12"]),
         ("data:\n  protocol: cross\n", ["data.train and data.test"]),

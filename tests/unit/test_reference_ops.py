@@ -1,7 +1,6 @@
 """The two hot functions in plain PyTorch, their argument checks and the choice of implementation."""
 
 import ast
-import logging
 import math
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import aullm_kernels
 import pytest
 import torch
-from aullm_kernels import EdgeTable, dispatch, evidence_attention, evidence_pool, graph_attention, resolve
+from aullm_kernels import EdgeTable, dispatch, evidence_attention, evidence_pool, graph_attention
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +71,16 @@ def test_evidence_rows_are_attention_mean_and_region_means():
     alphas = evidence_attention(cells, queries, valid)
     torch.testing.assert_close(alphas @ cells, rows[:, :3])
     assert (alphas[1][:, ~valid[1]] == 0).all()
+
+
+def test_a_join_follows_the_rows_in_the_wider_type():
+    cells, queries = torch.randn(2, 6, 4).bfloat16(), torch.randn(2, 3, 4).bfloat16()
+    regions, join = torch.tensor([0, 0, 1, 2, 2, 2]), torch.randn(2, 5)
+    joined = evidence_pool(cells, queries, regions, join=join, num_regions=3)
+    assert joined.dtype == torch.float32
+    assert torch.equal(joined[:, -5:], join)
+    rows = evidence_pool(cells, queries, regions, num_regions=3)
+    assert torch.equal(joined[:, :-5].bfloat16(), rows.flatten(1))
 
 
 def test_evidence_without_valid_cells_is_zero_with_zero_gradients():
@@ -243,6 +252,7 @@ POOL = {"cells": torch.zeros(2, 5, 3), "queries": torch.zeros(2, 1, 3), "regions
         ({"valid": torch.ones(2, 5)}, r"valid is float32 .* allowed is bool \[2, 5\]"),
         ({"cells": torch.zeros(2, 5, 3, device="meta")}, "queries .* on cpu, allowed .* on meta"),
         ({"num_regions": 0}, "num_regions is 0"),
+        ({"join": torch.zeros(3, 4)}, r"join .* allowed is floating point \[2, J\]"),
         ({"implementation": "cuda"}, "implementation is 'cuda', allowed are auto, triton, torch, interpret"),
     ],
 )
@@ -296,34 +306,12 @@ def test_edge_table_names_a_wrong_column(columns, num_nodes, told):
         EdgeTable(*(torch.tensor(column) for column in columns), num_nodes=num_nodes)
 
 
-@pytest.mark.parametrize("choice", ["triton", "interpret"])
-def test_an_implementation_that_is_not_built_raises(choice, monkeypatch):
-    with pytest.raises(ValueError, match="no Triton implementation is built into this version"):
-        evidence_pool(**POOL, implementation=choice)
-    monkeypatch.setenv(dispatch.ENVIRONMENT, choice)
-    with pytest.raises(ValueError, match=f"AULLM_KERNELS is '{choice}'"):
-        resolve("graph_attention", "auto", "cpu")
-    assert resolve("graph_attention", "torch", "cpu")[0] == "torch"
-
-
-def test_the_choice_is_logged_once_per_op(monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, "_logged", set())
-    with caplog.at_level(logging.INFO, logger="aullm_kernels"):
-        for _ in range(2):
-            resolve("evidence_pool", "auto", "cpu")
-            resolve("graph_attention", "torch", "cpu")
-    assert [record.getMessage() for record in caplog.records] == [
-        "evidence_pool: implementation=torch reason=no Triton implementation is built into this version (device cpu)",
-        "graph_attention: implementation=torch reason=asked for by implementation",
-    ]
-
-
-def test_the_package_imports_only_the_standard_library_and_torch():
+def test_the_package_imports_only_the_standard_library_torch_and_triton():
     for path in Path(aullm_kernels.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for name in names:
                 top = name.split(".")[0]
-                assert top in {"torch", "aullm_kernels"} or top in sys.stdlib_module_names, f"{path.name}: {name}"
+                assert top in {"torch", "triton", "aullm_kernels"} or top in sys.stdlib_module_names, f"{path.name}: {name}"
     assert all(hasattr(aullm_kernels, name) for name in aullm_kernels.__all__)
