@@ -97,7 +97,9 @@ def _interpreter_obstacle() -> str | None:
     if "triton" not in sys.modules:
         os.environ[_INTERPRETER_SWITCH] = "1"
         return None
-    return None if _interprets() else f"triton was imported without {_INTERPRETER_SWITCH}=1: set it before Python starts"
+    return (
+        None if _interprets() else f"triton was imported without {_INTERPRETER_SWITCH}=1: set it before Python starts"
+    )
 
 
 def _compiler_obstacle(device: torch.device) -> str | None:

@@ -73,6 +73,16 @@ def test_every_type_agrees_with_float64(dtype):
     check(make_inputs(2, 50, 64, 4, dtype, join=9, scale=2.0), torch.arange(50) % 7, valid)
 
 
+@pytest.mark.parametrize("low", ["cells", "queries"])
+def test_types_may_differ_as_under_autocast(low):
+    inputs = make_inputs(1, 18, 16, 2, join=3)
+    inputs[low] = inputs[low].bfloat16()
+    found, expected = both(inputs, torch.arange(18) % 9)
+    assert found["out"].dtype == found["join"].dtype == torch.float32
+    for name, value in found.items():
+        assert error(value, expected[name]) <= TOLERANCES[torch.bfloat16 if name == low else torch.float32], name
+
+
 def test_bfloat16_is_nearly_as_exact_as_plain_bfloat16():
     """1.2 times the error of the same function in bfloat16 throughout; interpreted, casts truncate, hence twice."""
     inputs = make_inputs(2, 162, 64, 4, torch.bfloat16)

@@ -82,9 +82,19 @@ def test_an_interpreting_process_does_not_pass_for_a_compiling_one(hopper, monke
 @pytest.mark.parametrize(
     ("op", "sizes", "dtypes", "told"),
     [
-        ("evidence_pool", {"rows": 17, "channels": 64}, (torch.bfloat16,), "rows 17, channels 64, bits 16 is more than"),
+        (
+            "evidence_pool",
+            {"rows": 17, "channels": 64},
+            (torch.bfloat16,),
+            "rows 17, channels 64, bits 16 is more than",
+        ),
         ("evidence_pool", {"rows": 14, "channels": 128}, (torch.float32,), "rows 16, channels 64"),
-        ("evidence_pool", {"rows": 14, "channels": 64}, (torch.float64,), "a tensor is float64, its types are bfloat16"),
+        (
+            "evidence_pool",
+            {"rows": 14, "channels": 64},
+            (torch.float64,),
+            "a tensor is float64, its types are bfloat16",
+        ),
         ("graph_attention", {"features": 128, "degree": 4, "relations": 5}, (torch.bfloat16,), "features 128"),
         ("graph_attention", {"features": 16, "degree": 13, "relations": 5}, (torch.bfloat16,), "degree 12"),
         ("graph_attention", {"features": 16, "degree": 4, "relations": 17}, (torch.bfloat16,), "relations 17"),
@@ -171,7 +181,9 @@ def test_masked_loads_say_what_else():
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load":
                 names = {keyword.arg for keyword in node.keywords}
                 assert len(node.args) == 1, f"{path.name}:{node.lineno}: name the arguments after the pointer"
-                assert "mask" not in names or "other" in names, f"{path.name}:{node.lineno}: a masked load without other"
+                assert "mask" not in names or "other" in names, (
+                    f"{path.name}:{node.lineno}: a masked load without other"
+                )
                 loads += 1
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.atomic_add":
                 pytest.fail(f"{path.name}:{node.lineno}: an atomic sum has no fixed order")

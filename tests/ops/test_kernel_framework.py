@@ -149,7 +149,9 @@ def test_a_parameter_is_saved_itself():
     names = ("relation_embedding", "attention", "gate")
     parameters = {name: torch.nn.Parameter(inputs[name]) for name in names}
     saved = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor)
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    )
     with hooks:
         call(**(inputs | parameters))
     for name in ("relation_embedding", "attention"):

@@ -313,5 +313,7 @@ def test_the_package_imports_only_the_standard_library_torch_and_triton():
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for name in names:
                 top = name.split(".")[0]
-                assert top in {"torch", "triton", "aullm_kernels"} or top in sys.stdlib_module_names, f"{path.name}: {name}"
+                assert top in {"torch", "triton", "aullm_kernels"} or top in sys.stdlib_module_names, (
+                    f"{path.name}: {name}"
+                )
     assert all(hasattr(aullm_kernels, name) for name in aullm_kernels.__all__)
