@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernels share: where they run, how they are compared, and traps for stray reads and writes.
+"""What the tests of the Triton kernels share: where they run, how they are compared, traps for stray reads and writes.
 
 Without a GPU the kernels run in Triton's interpreter, on the CPU; with one they are compiled.
 """
@@ -25,7 +25,7 @@ _FENCE, _SENTINEL = 64, 12345.0
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """Return the relative Frobenius error, the absolute one where `expected` is nearly 0; NaN and infinity are errors."""
+    """Return the relative Frobenius error, the absolute one where `expected` is nearly 0; infinity is refused."""
     found, expected = found.detach().double(), expected.detach().double()
     assert found.shape == expected.shape
     assert torch.isfinite(found).all(), "not finite"

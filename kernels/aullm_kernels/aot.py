@@ -271,9 +271,9 @@ def main(argv: list[str] | None = None) -> int:
 
     if triton.knobs.runtime.interpret:
         return _say("TRITON_INTERPRET is set: unset it, an interpreter compiles nothing", 2)
-    lock = json.loads(LOCK.read_text(encoding="utf-8")) if LOCK.exists() and not args.write else {}
+    lock = json.loads(LOCK.read_text(encoding="utf-8")) if LOCK.exists() else {}
     # Another version of the compiler counts registers in its own way: then only what fails everywhere is checked.
-    locked = lock.get(triton.__version__)
+    locked = None if args.write else lock.get(triton.__version__)
     if locked is None and not args.write:
         sys.stderr.write(f"aot: {LOCK.name} has no entry for triton {triton.__version__}: registers are not compared\n")
     start = time.perf_counter()
@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     for line in lines:
         _say(line, 1)
     if args.write and not lines:
-        LOCK.write_text(_as_json({triton.__version__: found}), encoding="utf-8")
+        LOCK.write_text(_as_json({**lock, triton.__version__: found}), encoding="utf-8")
     sys.stdout.write(
         f"{len(found)} kernels for sm_90a, triton {triton.__version__}, {time.perf_counter() - start:.0f} s: "
         f"{len(lines)} complaints\n"

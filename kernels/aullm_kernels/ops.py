@@ -1,7 +1,7 @@
 """The public functions: they check their arguments, choose an implementation and call it.
 
-`triton` and `interpret` are the same code, compiled or interpreted. An implementation takes the arguments of its twin in
-`reference.py`, already checked.
+`triton` and `interpret` are the same code, compiled or interpreted. An implementation takes the arguments of its twin
+in `reference.py`, already checked.
 """
 
 from typing import Any
@@ -48,8 +48,8 @@ def evidence_pool(
         implementation: `auto`, `triton`, `torch` or `interpret`.
 
     Returns:
-        `[B, H+1+R, C]` in the type of `cells`, or the join `[B, (H+1+R)*C + J]` in the wider type of `cells` and `join`;
-        low precision inputs are accumulated in float32.
+        `[B, H+1+R, C]` in the type of `cells`, or the join `[B, (H+1+R)*C + J]` in the wider type of `cells` and
+        `join`; low precision inputs are accumulated in float32.
 
     Raises:
         ValueError: An argument has a wrong shape, type, device or value, or the implementation cannot run.

@@ -64,7 +64,7 @@ def tile(kernel: str, family: str = FAMILY, **size: int) -> Tile:
 
 
 def oversize(op: str, family: str = FAMILY, **size: int) -> str | None:
-    """Say that some kernel of `op` has no row large enough for these sizes, and what the largest are, or return None."""
+    """Say that a kernel of `op` has no row large enough for these sizes, and which are the largest, or return None."""
     for kernel in families()[family]["kernels"]:
         rows = tiles(kernel, family)
         if kernel.startswith(op) and not any(_fits(row, size) for row in rows):

@@ -1,4 +1,4 @@
-"""The kernels of graph_attention against the reference in float64: values, gradients, graphs, branches, stray accesses."""
+"""The kernels of graph_attention against the reference in float64: gradients, graphs, branches, stray accesses."""
 
 import pytest
 import torch
