@@ -7,14 +7,21 @@ its bytes, FLOPs and instructions take at them.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 MODES = ("forward", "backward", "full")
+LEGEND = """\
+Times in us. MB, GB/s: the least bytes a pass must move, and over its time. % SoL: speed of light, the least time for
+bytes, FLOPs or instructions (`by`) at this machine's ceilings, over the time. saved, peak: MiB kept for the backward
+pass, inputs aside, and the most allocated above them. error: the largest relative error of result and gradients to
+float64. x: how many times faster ours is."""
 _SUSPICIOUS = 10.0
+_HEAD = ("provider", "mode", "p50", "p20", "p80", "MB", "GB/s", "% SoL", "by", "saved", "peak", "error", "x")
+_WIDTHS = (20, 8, 8, 8, 8, 8, 7, 7, 5, 7, 7, 7, 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,7 @@ class Provider:
         prepare: What the inputs become first; the autocast provider takes float32.
         skip: Why it does not run here, or None.
         comparable: Whether it computes the very function, so that its error means something.
+        ours: Whether the others are compared with it.
     """
 
     name: str
@@ -63,6 +71,7 @@ class Provider:
     prepare: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)
     skip: str | None = None
     comparable: bool = True
+    ours: bool = False
 
 
 def times(call: Callable[[], object], device: str, seconds: float = 0.2) -> tuple[float, float, float]:
@@ -77,7 +86,7 @@ def times(call: Callable[[], object], device: str, seconds: float = 0.2) -> tupl
         start = time.perf_counter()
         call()
         found.append(time.perf_counter() - start)
-    low, *_, high = statistics.quantiles(found, n=5)
+    low, *_, high = statistics.quantiles(found, n=5, method="inclusive")
     return statistics.median(found), low, high
 
 
@@ -105,7 +114,7 @@ def _issue_rate() -> float:
 def row(
     provider: Provider, inputs: dict[str, Tensor], expected: dict[str, Tensor], work: dict[str, Work], top: Ceilings
 ) -> list[dict]:
-    """Measure a provider in every mode.
+    """Measure a provider in every mode: one row for each, or one that says why there is none.
 
     Args:
         provider: What to run.
@@ -116,6 +125,20 @@ def row(
     """
     if provider.skip:
         return [{"provider": provider.name, "skip": provider.skip}]
+    try:
+        return _measured(provider, inputs, expected, work, top)
+    except torch.OutOfMemoryError:
+        return [{"provider": provider.name, "skip": "more memory than the device has"}]
+    except RuntimeError as error:
+        # A compiler that another provider needs must not end the run; what is wrong with ours must.
+        if provider.ours:
+            raise
+        return [{"provider": provider.name, "skip": (str(error).splitlines() or [type(error).__name__])[0][:80]}]
+
+
+def _measured(
+    provider: Provider, inputs: dict[str, Tensor], expected: dict[str, Tensor], work: dict[str, Work], top: Ceilings
+) -> list[dict]:
     device = next(iter(inputs.values())).device.type
     leaves = {name: provider.prepare(value.detach()).requires_grad_() for name, value in inputs.items()}
     out = provider.call(**leaves)
@@ -200,7 +223,7 @@ def _memory(provider: Provider, leaves: dict[str, Tensor], grad: Tensor, device:
 
 
 def add_speedups(rows: list[dict], ours: str, arithmetic: str) -> list[str]:
-    """Add to each provider how much faster ours is; return a line for every one above 10 times, with its reason."""
+    """Add to each provider how much faster `ours` is; return a line for every one above 10 times, with its reason."""
     mine = {r["mode"]: r["p50_us"] for r in rows if r["provider"] == ours and "mode" in r}
     lines = []
     for r in rows:
@@ -211,20 +234,40 @@ def add_speedups(rows: list[dict], ours: str, arithmetic: str) -> list[str]:
     return lines
 
 
+def cells_of(r: dict) -> list[str]:
+    """Return a measured row as it is printed."""
+    times_us = [_short(r[name]) for name in ("p50_us", "p20_us", "p80_us")]
+    work = [_short(1e-6 * r["bytes"]), _short(r["gb_per_s"]), _short(r["percent_of_floor"]), r["bound"]]
+    memory = [_short(r["saved_mib"]), "-" if r["peak_mib"] is None else _short(r["peak_mib"])]
+    error = "-" if r["error"] is None else f"{r['error']:.0e}"
+    faster = _short(r["ours_faster"]) if "ours_faster" in r else "-"
+    return [r["provider"], r["mode"], *times_us, *work, *memory, error, faster]
+
+
+def _short(value: float) -> str:
+    """Three digits or more, without an exponent."""
+    return f"{value:.4f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def text(title: str, rows: list[dict]) -> str:
+    """Return the rows as a table of at most 120 columns."""
+    lines = [title, _line(_HEAD)]
+    for r in rows:
+        lines.append(f"{r['provider']:<{_WIDTHS[0]}} not run: {r['skip']}" if "skip" in r else _line(cells_of(r)))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    left = [f"{cell:<{width}}" for cell, width in zip(cells[:2], _WIDTHS[:2], strict=True)]
+    return " ".join(left + [f"{cell:>{width}}" for cell, width in zip(cells[2:], _WIDTHS[2:], strict=True)])
+
+
 def markdown(title: str, rows: list[dict]) -> str:
-    """Return the rows as a table."""
-    head = ["provider", "mode", "p50 us", "p20", "p80", "MB", "GB/s", "% of floor", "bound", "saved MiB", "peak MiB"]
-    head += ["error", "ours faster"]
-    lines = [f"### {title}", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    """Return the rows as a table in Markdown."""
+    lines = [f"### {title}", "", f"| {' | '.join(_HEAD)} |", "|---|---" + "|---:" * (len(_HEAD) - 2) + "|"]
     for r in rows:
         if "skip" in r:
-            lines.append(f"| {r['provider']} | not run: {r['skip']} |{' |' * (len(head) - 2)}")
-            continue
-        peak = "-" if r["peak_mib"] is None else f"{r['peak_mib']:.1f}"
-        error = "-" if r["error"] is None else f"{r['error']:.1e}"
-        faster = f"{r['ours_faster']:.2f}" if "ours_faster" in r else "-"
-        numbers = [f"{r[name]:.1f}" for name in ("p50_us", "p20_us", "p80_us")]
-        numbers += [f"{1e-6 * r['bytes']:.2f}", f"{r['gb_per_s']:.1f}", f"{r['percent_of_floor']:.1f}", r["bound"]]
-        cells = [r["provider"], r["mode"], *numbers, f"{r['saved_mib']:.2f}", peak, error, faster]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            lines.append(f"| {r['provider']} | not run: {r['skip']} |{' |' * (len(_HEAD) - 2)}")
+        else:
+            lines.append(f"| {' | '.join(cells_of(r))} |")
+    return "\n".join(lines)

@@ -9,22 +9,24 @@ from torch import Tensor
 TESTS = "tests/ops/test_evidence_kernels.py"
 HEADS, REGIONS, JOIN = 4, 9, 256
 SIZES = {
-    # name: clips B, cells N, channels C; `model` is the trainer's own shape with 64 views.
+    # name: clips B, cells N, channels C. `model` is what the trainer passes for a micro-batch of 16 clips in 3
+    # branches: 16 clips and some 22 views of them, of other appearance or without movement.
     "tiny": (2, 18, 16),
-    "model": (64, 162, 64),
+    "model": (38, 162, 64),
     "S": (64, 162, 64),
     "M": (512, 162, 128),
     "L": (4096, 162, 256),
 }
+CALLS = 1
+"""Calls in a training step."""
 _ROWS = HEADS + 1 + REGIONS
 
 
 def make_inputs(size: str, device: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict]:
-    """Return the differentiable inputs and the rest; the model's cells come with channels first, as from its CNN."""
+    """Return the differentiable inputs and the rest."""
     batch, cells, channels = SIZES[size]
     draw = lambda *shape: torch.randn(*shape, device=device, dtype=dtype)  # noqa: E731
-    x = draw(batch, channels, cells).transpose(1, 2) if size == "model" else draw(batch, cells, channels)
-    inputs = {"cells": x, "queries": draw(batch, HEADS, channels), "join": draw(batch, JOIN)}
+    inputs = {"cells": draw(batch, cells, channels), "queries": draw(batch, HEADS, channels), "join": draw(batch, JOIN)}
     return inputs, {"regions": torch.arange(cells, device=device) % REGIONS}
 
 
@@ -88,8 +90,32 @@ def providers(rest: dict, device: str, kernels: str, inputs: dict[str, Tensor]) 
     return [
         Provider("eager", eager),
         Provider("autocast eager", autocast, prepare=Tensor.float),
-        Provider("torch.compile", torch.compile(eager), skip=slow),
-        Provider("torch.compile max-autotune", torch.compile(eager, mode="max-autotune-no-cudagraphs"), skip=slow),
+        Provider("compile", torch.compile(eager), skip=slow),
+        Provider("compile max-autotune", torch.compile(eager, mode="max-autotune-no-cudagraphs"), skip=slow),
         Provider("SDPA", sdpa),
-        Provider(f"ours in {kernels}", lambda **inputs: evidence_pool(**inputs, **rest, implementation=kernels)),
+        _flex(regions, slow),
+        Provider(
+            f"ours: {kernels}", lambda **inputs: evidence_pool(**inputs, **rest, implementation=kernels), ours=True
+        ),
     ]
+
+
+def _flex(regions: Tensor, slow: str | None) -> Provider:
+    """The same as SDPA: rows of zero queries, those of the regions masked, 128 of them at least in a block."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if slow:
+        return Provider("flex_attention", None, skip=slow)
+
+    def keep(_b: Tensor, _h: Tensor, row: Tensor, cell: Tensor) -> Tensor:
+        return (row <= HEADS) | (regions[cell] == row - HEADS - 1)
+
+    blocks = create_block_mask(keep, None, None, _ROWS, len(regions), device=str(regions.device))
+    attend = torch.compile(flex_attention)
+
+    def call(cells: Tensor, queries: Tensor, join: Tensor) -> Tensor:
+        zero = queries.new_zeros(queries.shape[0], 1 + REGIONS, queries.shape[2])
+        rows = attend(torch.cat([queries, zero], dim=1)[:, None], cells[:, None], cells[:, None], block_mask=blocks)
+        return torch.cat([rows.flatten(1), join], dim=1)
+
+    return Provider("flex_attention", call)
