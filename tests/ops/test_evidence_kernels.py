@@ -11,6 +11,7 @@ from kernel_tools import (
     gradients,
     inside_nan,
     poisoned_and_fenced,
+    rounding_casts,
     shuffled_programs,
 )
 
@@ -62,7 +63,9 @@ def check(inputs, *args, factor=1.0, **kwargs):
     ],
 )
 def test_every_size_agrees_with_float64(batch, cells, channels, heads, join):
-    check(make_inputs(batch, cells, channels, heads, join=join), torch.arange(cells) % 9)
+    # On a GPU the table holds float32 up to 64 channels.
+    dtype = torch.bfloat16 if DEVICE == "cuda" and channels > 64 else torch.float32
+    check(make_inputs(batch, cells, channels, heads, dtype, join=join), torch.arange(cells) % 9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -83,16 +86,22 @@ def test_types_may_differ_as_under_autocast(low):
         assert error(value, expected[name]) <= TOLERANCES[torch.bfloat16 if name == low else torch.float32], name
 
 
-def test_bfloat16_is_nearly_as_exact_as_plain_bfloat16():
-    """1.2 times the error of the same function in bfloat16 throughout; interpreted, casts truncate, hence twice."""
+def test_the_errors_in_bfloat16_are_those_of_plain_bfloat16(monkeypatch):
+    """At most 1.2 times those of the same function in bfloat16 throughout: of the result and of every gradient."""
     inputs = make_inputs(2, 162, 64, 4, torch.bfloat16)
     regions = torch.arange(162) % 9
-    found, expected = both(inputs, regions)
-    cells, queries = (inputs[name].detach().requires_grad_() for name in ("cells", "queries"))
-    weights = torch.softmax(queries @ cells.transpose(1, 2) / 8.0, dim=-1)
-    plain = weights @ cells
-    allowed = 1.2 if DEVICE == "cuda" else 2.0
-    assert error(found["out"][:, :4], expected["out"][:, :4]) <= allowed * error(plain, expected["out"][:, :4])
+    with rounding_casts(monkeypatch):
+        found, expected = both(inputs, regions)
+    means = torch.cat([torch.ones(1, 162), torch.nn.functional.one_hot(regions, 9).t()])
+    means = (means / means.sum(1, keepdim=True)).bfloat16().to(DEVICE)
+
+    def plain(cells, queries):
+        weights = torch.softmax(queries @ cells.transpose(1, 2) / 8.0, dim=-1)
+        return torch.cat([weights @ cells, means @ cells], dim=1)
+
+    grad = torch.randn(found["out"].shape, generator=torch.Generator().manual_seed(5)).bfloat16().to(DEVICE)
+    for name, value in gradients(plain, inputs, grad).items():
+        assert error(found[name], expected[name]) <= 1.2 * error(value, expected[name]), name
 
 
 def test_cells_that_do_not_count_are_never_read():

@@ -96,7 +96,13 @@ def test_an_interpreting_process_does_not_pass_for_a_compiling_one(hopper, monke
             "a tensor is float64, its types are bfloat16",
         ),
         ("graph_attention", {"features": 128, "degree": 4, "relations": 5}, (torch.bfloat16,), "features 128"),
-        ("graph_attention", {"features": 16, "degree": 13, "relations": 5}, (torch.bfloat16,), "degree 12"),
+        ("graph_attention", {"features": 16, "degree": 17, "relations": 5}, (torch.bfloat16,), "degree 16"),
+        (
+            "graph_attention",
+            {"features": 32, "degree": 13, "relations": 5},
+            (torch.bfloat16,),
+            "features 64, degree 12",
+        ),
         ("graph_attention", {"features": 16, "degree": 4, "relations": 17}, (torch.bfloat16,), "relations 17"),
     ],
 )
@@ -170,7 +176,7 @@ def test_the_table_has_a_row_for_each_size_of_the_model():
             size = {"bits": bits, "rows": 14, "channels": channels}
             found = [tables.tile(f"evidence_pool_{stage}", family, **size) for stage in ("forward", "backward")]
             assert {tile.size["rows"] for tile in found} == {16}
-        assert tables.oversize("graph_attention", family, features=16, degree=12, relations=5) is None
+        assert tables.oversize("graph_attention", family, features=16, degree=16, relations=5) is None
 
 
 def test_masked_loads_say_what_else():
