@@ -12,6 +12,7 @@ Rules that the interpreter and the compiler both need: everything is cast to `AC
 Letters: v feature row, g branch, a node, h head, e edge, k slot, f feature, r relation.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -243,7 +244,7 @@ def _graph_attention_target_kernel(
             d_attention += b_t * _leaky(b_z, b_slope)
             b_dz = b_t * tl.where(b_z > 0, b_attention, b_attention * b_slope)
             d_xl += b_dz
-            # The rows of each relation summed by a product, exact in tf32x3 because one operand is 0 or 1.
+            # The rows of each relation summed by a product; nothing is lost in tf32x3, because one operand is 0 or 1.
             of_relation = (i_rel[:, None] == i_r[None, :]).to(ACC)
             d_relation += tl.dot(of_relation, b_dz, input_precision=PRECISION, out_dtype=ACC)
         d_xl_at = d_xl_ptr + offset + i_a[:, None] * width + i_f[None, :]
@@ -363,7 +364,7 @@ def backward(
         **_sizes(tile_, features),
         RELATIONS=16,
         ACC=types.acc,
-        PRECISION="ieee" if INTERPRETING else "tf32x3",
+        PRECISION=_sum_precision(xl.dtype, xr.dtype),
     )
     tile_ = tile("graph_attention_source", features=features)
     launch(
@@ -380,6 +381,13 @@ def backward(
         BLOCK_F=tile_.size["features"],
         ACC=types.acc,
     )
+
+
+def _sum_precision(*dtypes: torch.dtype) -> str:
+    """How a relation's rows are multiplied by 0 or 1: tf32 holds more than features of low precision do."""
+    if INTERPRETING:
+        return "ieee"
+    return "tf32x3" if torch.float32 in dtypes else "tf32"
 
 
 def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:

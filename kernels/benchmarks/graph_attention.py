@@ -11,15 +11,15 @@ from torch import Tensor
 TESTS = "tests/ops/test_graph_kernels.py"
 RELATIONS = 5
 SIZES = {
-    # name: feature rows V, branches G, nodes A, incoming edges K of each, heads H, features F. `model` is what the
+    # name: feature rows V, branches G, nodes A, slots K of each, edges E, heads H, features F. `model` is what the
     # trainer's first layer gets for a micro-batch of 16 clips in 3 branches with the 8 AUs of CASME II, `model-12` the
     # same with 12 AUs; every node has an edge from every other, candidates for rewiring included.
-    "tiny": (2, 4, 5, 2, 1, 16),
-    "model": (38, 48, 8, 8, 4, 16),
-    "model-12": (38, 48, 12, 12, 4, 16),
-    "S": (64, 64, 12, 4, 4, 16),
-    "M": (1024, 1024, 27, 6, 4, 32),
-    "L": (8192, 8192, 64, 8, 4, 64),
+    "tiny": (2, 4, 5, 2, 10, 1, 16),
+    "model": (38, 48, 8, 8, 64, 4, 16),
+    "model-12": (38, 48, 12, 12, 144, 4, 16),
+    "S": (64, 64, 12, 4, 48, 4, 16),
+    "M": (1024, 1024, 27, 6, 162, 4, 32),
+    "L": (8192, 8192, 64, 8, 384, 4, 64),
 }
 CALLS = 2
 """Calls in a training step: the layers."""
@@ -31,10 +31,13 @@ _CHUNK = 512
 
 def make_inputs(size: str, device: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict]:
     """Return the differentiable inputs and the rest. Parameters are float32, as a trainer keeps them."""
-    rows, branches, nodes, degree, heads, features = SIZES[size]
+    rows, branches, nodes, degree, num_edges, heads, features = SIZES[size]
     generator = torch.Generator().manual_seed(0)
-    source = torch.stack([torch.randperm(nodes, generator=generator)[:degree] for _ in range(nodes)]).flatten()
-    target = torch.arange(nodes).repeat_interleave(degree)
+    # Where not every slot is taken, every second node has fewer edges.
+    fewer = (nodes * degree - num_edges) // (nodes // 2)
+    degrees = [degree - fewer * (node % 2) for node in range(nodes)]
+    source = torch.cat([torch.randperm(nodes, generator=generator)[:count] for count in degrees])
+    target = torch.arange(nodes).repeat_interleave(torch.tensor(degrees))
     relation = torch.randint(0, RELATIONS, (len(source),), generator=generator)
     edges = EdgeTable(target, source, relation, nodes).to(device)
     draw = lambda *shape, dtype=dtype: torch.randn(*shape, device=device, dtype=dtype)  # noqa: E731
@@ -54,12 +57,11 @@ def make_inputs(size: str, device: str, dtype: torch.dtype) -> tuple[dict[str, T
 
 def work(size: str, dtype: torch.dtype) -> dict[str, Work]:
     """Return the least work of each mode; repeated gathers of a node's row are served by the first cache."""
-    rows, branches, nodes, degree, heads, features = SIZES[size]
+    rows, branches, nodes, degree, edges, heads, features = SIZES[size]
     item = torch.empty((), dtype=dtype).element_size()
     node, per_branch = rows * nodes * heads * features, branches * nodes * heads * features
-    edges = nodes * degree
-    slots = edges * heads * features
-    strength = item * branches * edges * heads
+    slots = nodes * degree * heads * features
+    strength = item * branches * edges
     # Weights and score gradients go from the first pass to the second in float32, written once and read once.
     handed = 4 * heads * edges * (2 * 2 * branches + (2 * rows if branches != rows else 0))
     forward = Work(item * (2 * node + per_branch) + strength, 0.0, slots * (FORWARD[0] * rows + FORWARD[1] * branches))
@@ -73,10 +75,10 @@ def work(size: str, dtype: torch.dtype) -> dict[str, Work]:
 
 def arithmetic(size: str) -> str:
     """Say where an unfused pass loses."""
-    rows, _, nodes, degree, heads, features = SIZES[size]
+    rows, _, nodes, degree, _, heads, features = SIZES[size]
     edge = 2e-6 * rows * nodes * degree * heads * features
     return (
-        f"a tensor over edges and features is {edge:.1f} MB in bfloat16; eager makes about 17 passes over one forward "
+        f"a tensor over slots and features is {edge:.1f} MB in bfloat16; eager makes about 17 passes over one forward "
         "and 40 backward, the kernels none; below 10 MB launches decide"
     )
 
