@@ -3,9 +3,10 @@
     TRITON_INTERPRET=1 python kernels/benchmarks/compare.py --write build/kernels_cpu.npz     # on a CPU, to carry along
     python kernels/benchmarks/gpu_check.py --expected build/kernels_cpu.npz --out build/gpu   # on the GPU
 
-Needs torch, triton and pytest; aullm_dist and its packages need not be there. Each step writes its output to a file of
-its own below --out, and has --minutes for it; a step that fails does not keep the next from running. Without a GPU the
-steps run as far as they go: tests interpreted, plain PyTorch compared, tiny sizes measured.
+Needs torch, triton and pytest; aullm_dist and its packages need not be there. Below --out are then `gpu_check.log` with
+the output of all steps, `summary.txt`, `bench.json` and `bench.md`. Each command has --minutes; one that fails does not
+keep the next from running. Without a GPU the steps run as far as they go: tests interpreted, plain PyTorch compared,
+tiny sizes measured.
 """
 
 import argparse
@@ -48,21 +49,31 @@ def commands(step: str, expected: Path | None, out: Path, sizes: list[str] | Non
     return {"bench": [python, HERE, *files, *(["--sizes", *sizes] if sizes else [])]}
 
 
-def run(name: str, command: list[str], out: Path, seconds: float) -> tuple[int | None, float]:
-    """Run a command into `<out>/<name>.log`; return its exit code, None if it ran out of time, and the seconds."""
+def run(name: str, command: list[str], log: Path, seconds: float) -> str:
+    """Run a command, append its output to the log and return one line: the verdict, the time and what it said last."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(_paths()), "PYTHONUNBUFFERED": "1"}
     if name.partition("-")[0] in TOOLS:
-        # Each tensor an allocation of its own, so that an access beside one shows; children that compile are left be.
+        # Each tensor is an allocation of its own, so that an access beside it shows.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     start = time.monotonic()
-    with (out / f"{name}.log").open("w") as log:
+    with log.open("a+", errors="replace") as output:
+        output.write(f"===== {name}: {' '.join(command)}\n")
+        output.flush()
         try:
             done = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, check=False
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=seconds,
+                check=False,
             )
+            verdict = f"exit code {done.returncode}" if done.returncode else "ok"
         except subprocess.TimeoutExpired:
-            return None, time.monotonic() - start
-    return done.returncode, time.monotonic() - start
+            verdict = "out of time"
+    last = log.read_text(errors="replace").strip().splitlines()[-1]
+    return f"{name:<17} {verdict}, {time.monotonic() - start:.0f} s: {last[:80]}"
 
 
 def _paths() -> list[str]:
@@ -73,7 +84,7 @@ def _paths() -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Run the steps; 0 if all ran and are green, 1 otherwise."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="logs and tables are written there")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="log and tables are written there")
     parser.add_argument("--expected", type=Path, metavar="FILE", help="what compare.py --write made on a CPU")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="only these steps")
     parser.add_argument("--sizes", nargs="+", metavar="SIZE", help="sizes of the benchmark")
@@ -84,19 +95,15 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     expected = args.expected.resolve() if args.expected else None
+    log = out / "gpu_check.log"
+    log.unlink(missing_ok=True)
     lines = []
     for step in args.steps:
         for name, command in commands(step, expected, out, args.sizes).items():
-            if isinstance(command, str):
-                lines.append(f"{name:<17} not run: {command}")
-                continue
-            code, seconds = run(name, command, out, 60 * args.minutes)
-            verdict = "ok" if code == 0 else "out of time" if code is None else f"exit code {code}"
-            last = (out / f"{name}.log").read_text(errors="replace").strip().splitlines()[-1:]
-            lines.append(f"{name:<17} {verdict}, {seconds:.0f} s: {''.join(last)[:80]}")
+            not_run = f"{name:<17} not run: {command}"
+            lines.append(not_run if isinstance(command, str) else run(name, command, log, 60 * args.minutes))
             print(lines[-1], flush=True)
     (out / "summary.txt").write_text("\n".join(lines) + "\n")
-    print("", *lines, sep="\n")
     return int(any(" ok, " not in line for line in lines))
 
 

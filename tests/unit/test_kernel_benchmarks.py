@@ -178,7 +178,8 @@ def test_the_gpu_command_runs_each_step_and_sums_up(bench, monkeypatch, tmp_path
         "bench             out of time",
     ]
     assert summary[0].endswith("3 passed")
-    assert (tmp_path / "gpu" / "compare.log").exists()
+    assert (tmp_path / "gpu" / "gpu_check.log").read_text().startswith("===== tests: ")
+    assert capsys.readouterr().out.splitlines() == summary
 
 
 def test_the_gpu_command_names_what_exists(bench, monkeypatch, tmp_path):
