@@ -10,7 +10,7 @@ INSTALL := $(if $(shell command -v nvidia-smi 2>/dev/null),-e .[cuda$(comma)dev]
 # One process, and no questions: without these accelerate lists its defaults at every start.
 LAUNCH := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo test test-unit check format bench clean
+.PHONY: setup demo test test-unit test-kernels check format bench clean
 
 setup: $(VENV)/.ready
 
@@ -26,11 +26,16 @@ demo: setup
 	$(BIN)/accelerate launch $(LAUNCH) aullm_dist/train.py
 
 # What starts processes of its own has the machine to itself.
-test: test-unit
+test: setup
+	$(BIN)/python -m pytest --numprocesses 2 tests/unit tests/ops
 	$(BIN)/python -m pytest tests/run
 
 test-unit: setup
 	$(BIN)/python -m pytest --numprocesses 2 tests/unit
+
+test-kernels: setup
+	$(BIN)/python -m pytest --numprocesses 2 tests/ops
+	$(BIN)/python -m pytest tests/run/test_kernel_aot.py
 
 check: setup
 	$(BIN)/ruff format --check .
