@@ -232,8 +232,8 @@ def test_wrong_settings_are_refused():
         make_graph(heads=3)
     with pytest.raises(UserError, match="graph layers: 0"):
         make_graph(layers=0)
-    with pytest.raises(ValueError, match="no Triton implementation"):
-        make_graph(implementation="interpret")(*inputs())
+    with pytest.raises(ValueError, match="implementation is 'triton', but the tensors are on cpu"):
+        make_graph(implementation="triton")(*inputs())
 
 
 def test_the_prior_cites_no_statistic_of_the_corpora():
