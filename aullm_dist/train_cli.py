@@ -108,6 +108,7 @@ def _baseline_config(config: Config, folder: Path) -> Config | None:
     baseline.model.readout = "last"
     baseline.training.output = str(folder / "baseline")
     baseline.model.quantization = baseline.model.compile = "none"
+    baseline.model.architecture = None
     baseline.training.baseline = False
     chances = (config.counterfactual.appearance_probability, config.counterfactual.neutral_probability)
     baseline.counterfactual.branches = min(config.counterfactual.branches, sum(chance > 0 for chance in chances))

@@ -6,6 +6,7 @@ This module imports neither torch nor transformers, so that a login node can che
 """
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import types
@@ -178,6 +179,10 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise UserError(f"{where} is {value!r}; a list of {item_kind.__name__} is expected, such as [a, b]")
         return [_convert(item, item_kind, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{where} is {value!r}; a mapping of `name: value` is expected, such as {{a: 1, b: 2}}")
+        return copy.deepcopy(value)
     if kind is float and isinstance(value, str):
         # PyYAML reads 1e-4 as text because YAML 1.1 wants a dot in the mantissa.
         with contextlib.suppress(ValueError):

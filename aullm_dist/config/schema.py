@@ -1,7 +1,7 @@
 """The dataclasses of a run's configuration; the attribute text under a field is its documentation."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(kw_only=True, slots=True)
@@ -10,6 +10,9 @@ class ModelConfig:
 
     llm: str = "tiny"
     """Hugging Face name or local folder of a decoder, `tiny` (built locally) or `none` (the `led_cnn` baseline)."""
+    architecture: dict[str, Any] | None = None
+    """What `llm` is, as the fields of its config.json that say its sizes (`model_type`, `hidden_size`,
+    `num_hidden_layers`, ...): `aullm-dist plan` needs no files then. A config.json that is found must agree."""
     llm_architecture: Literal["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"] = "llama"
     """Architecture of the `tiny` backbone; other backbones bring their own. `gemma3` is the text decoder."""
     llm_hidden: int = 128

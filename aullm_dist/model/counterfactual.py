@@ -6,10 +6,14 @@ graph and leaves the clip alone, so it needs no pixels here. Everything is numpy
 processes can do it, and every draw comes from the generator that the caller keys by (seed, epoch, sample id).
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from aullm_dist.config import Config
 
 INTERVENTIONS = ("structure", "appearance", "neutral")
 
@@ -21,10 +25,65 @@ class Chances:
     branches: int
     probabilities: dict[str, float]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Interventions that may be drawn, in the fixed order of `INTERVENTIONS`."""
+        return tuple(name for name in INTERVENTIONS if self.probabilities.get(name, 0.0) > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What clips become: `clips` of them have so many views, structures and branches (numbers may be means)."""
+
+    clips: float
+    views: float
+    structures: float
+    branches: float
+
+    def times(self, clips: int) -> "Counts":
+        """Return the counts of as many clips, each like this one on average, rounded up."""
+        return Counts(clips, *(math.ceil(clips * n / self.clips) for n in (self.views, self.structures, self.branches)))
+
+
+def branching(config: Config, has_graph: bool) -> tuple[Chances, bool]:
+    """Return which interventions a run's training clips draw, and whether a neutral twin is crossed with its clip."""
+    counterfactual = config.counterfactual
+    probabilities = {
+        "structure": counterfactual.structure_probability if has_graph else 0.0,
+        "appearance": counterfactual.appearance_probability,
+        "neutral": counterfactual.neutral_probability,
+    }
+    chances = Chances(counterfactual.branches if counterfactual.enabled else 0, probabilities)
+    possible = chances.branches > 0 and "neutral" in chances.names
+    return chances, has_graph and counterfactual.contradiction_weight > 0 and possible
+
+
+def counts_of(kinds: Sequence[str], crossed: bool) -> Counts:
+    """Return what one clip becomes that drew the interventions `kinds`; crossing a neutral twin adds two branches."""
+    views = 1 + sum(kind != "structure" for kind in kinds)
+    branches = 1 + len(kinds) + (2 if crossed and "neutral" in kinds else 0)
+    return Counts(1, views, 1 + len(kinds), branches)
+
+
+def mean_and_largest(chances: Chances, crossed: bool) -> tuple[Counts, Counts]:
+    """Return what one clip becomes on average over all draws, and at most."""
+    names = chances.names
+    total, mean, most = sum(chances.probabilities[name] for name in names), [0.0] * 3, counts_of((), crossed)
+    for drawn in itertools.permutations(names, min(chances.branches, len(names))):
+        probability, left = 1.0, total
+        for name in drawn:
+            probability *= chances.probabilities[name] / left
+            left -= chances.probabilities[name]
+        counts = counts_of(drawn, crossed)
+        each = (counts.views, counts.structures, counts.branches)
+        mean = [m + probability * n for m, n in zip(mean, each, strict=True)]
+        most = Counts(1, *(max(a, b) for a, b in zip((most.views, most.structures, most.branches), each, strict=True)))
+    return Counts(1, *mean), most
+
 
 def draw_interventions(chances: Chances, rng: np.random.Generator) -> tuple[str, ...]:
     """Draw `chances.branches` different interventions for one clip, in the fixed order of `INTERVENTIONS`."""
-    names = [name for name in INTERVENTIONS if chances.probabilities.get(name, 0.0) > 0]
+    names = chances.names
     if not chances.branches or not names:
         return ()
     weights = np.array([chances.probabilities[name] for name in names])

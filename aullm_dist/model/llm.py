@@ -156,7 +156,7 @@ def load_backbone(
         size = _millions(p for p in wrapped.parameters() if p.requires_grad)
         reasons["lora"] = f"rank {lora_rank} on {len(targets)} linear layers, {size} M parameters, float32"
     if activation_checkpointing != "none":
-        _checkpoint_activations(model, reentrant=activation_checkpointing == "reentrant")
+        checkpoint_activations(model, reentrant=activation_checkpointing == "reentrant")
         reasons["activation_checkpointing"] = f"every decoder layer, {activation_checkpointing.replace('_', '-')}"
     if compilation == "blocks":
         reasons["compilation"] = compile_blocks(model, static_lengths=static_lengths)
@@ -202,7 +202,7 @@ def _describe(
     common = {"trust_remote_code": trust_remote_code, "local_files_only": is_local}
     config = load_config(source, common)
     stored_in_nf4 = is_stored_in_nf4(source, config, quantization)
-    implementation, reason = _choose_attention(config, attention, packing)
+    implementation, reason = choose_attention(config, attention, packing)
     options = {
         "attn_implementation": LIBRARY_NAMES.get(implementation, implementation),
         "trust_remote_code": trust_remote_code,
@@ -280,8 +280,12 @@ def load_config(source: str, common: dict) -> PretrainedConfig:
     return config
 
 
-def _choose_attention(config: PretrainedConfig, attention: str, packing: bool) -> tuple[str, str]:
-    """Return the attention implementation, and what to log of it: why it was chosen, and the windows."""
+def choose_attention(config: PretrainedConfig, attention: str, packing: bool) -> tuple[str, str]:
+    """Return the attention implementation, and what to log of it: why it was chosen, and the windows.
+
+    Raises:
+        UserError: an attention that is not known, or does not fit the architecture.
+    """
     if attention not in ("auto", *ATTENTIONS):
         raise UserError(f"backbone: attention is {attention!r}; allowed: auto, {', '.join(ATTENTIONS)}")
     if attention == "flex" and not torch.cuda.is_available():
@@ -380,7 +384,8 @@ def _hides_progress(source: str, is_local: bool) -> bool:
     return size < _PROGRESS_BAR_FROM_BYTES or not is_main_process()
 
 
-def _checkpoint_activations(model: PreTrainedModel, *, reentrant: bool) -> None:
+def checkpoint_activations(model: PreTrainedModel, *, reentrant: bool) -> None:
+    """Let every decoder layer be computed anew in the backward pass."""
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     # The reentrant kind needs inputs that require grad: the soft tokens bring that, so words need not, frozen as they
     # are. The hook would cost a gradient of every word.

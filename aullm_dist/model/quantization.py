@@ -149,6 +149,34 @@ def state_of(constants: Tensor, shape: torch.Size, dtype: torch.dtype, config: B
     )
 
 
+def valueless_state(shape: torch.Size, dtype: torch.dtype, device: str) -> object:
+    """Return a state as `state_of` makes it, whose tensors have their shapes and dtypes and no values.
+
+    Args:
+        shape: of the weight.
+        dtype: that it is dequantised to.
+        device: of the tensors, `meta` for instance.
+    """
+    from bitsandbytes.functional import QuantState
+
+    blocks = -(-shape.numel() // BLOCK)
+
+    def empty(size: int, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=kind, device=device)
+
+    nested = QuantState(absmax=empty(-(-blocks // 256)), code=empty(256), blocksize=256, dtype=torch.float32)
+    return QuantState(
+        absmax=empty(blocks, torch.uint8),
+        shape=shape,
+        dtype=dtype,
+        blocksize=BLOCK,
+        code=empty(16),
+        quant_type="nf4",
+        offset=torch.empty((), device=device),
+        state2=nested,
+    )
+
+
 def stored_state(parts: dict[str, Tensor], device: torch.device) -> object:
     """Return the quantisation state of a stored weight from the tensors that its files hold beside it.
 

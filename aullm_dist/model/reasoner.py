@@ -30,6 +30,7 @@ class Reasoner(nn.Module):
         suffixes_per_row: suffixes in one packed row; 0 puts all of them into one.
         suffix_multiple: packed rows are filled up, with suffixes that nobody reads, to a multiple of this.
         scale: `embedding_rms` of the LLM where it is known already; a pass over the whole vocabulary otherwise.
+        names: `mean_embeddings` of the AUs' FACS names where they are known already, [A, D].
 
     Raises:
         UserError: `packing` with a backbone that has no mask recipe.
@@ -44,6 +45,7 @@ class Reasoner(nn.Module):
         suffixes_per_row: int = 0,
         suffix_multiple: int = 1,
         scale: float | None = None,
+        names: Tensor | None = None,
     ) -> None:
         super().__init__()
         if packing:
@@ -56,7 +58,7 @@ class Reasoner(nn.Module):
         self.num_aus = len(prompt.aus)
         width = backbone.hidden_size
         if prompt.readout == "per_au":
-            self.au_markers = nn.Parameter(mean_embeddings(self.llm, prompt.name_ids))
+            self.au_markers = nn.Parameter(mean_embeddings(self.llm, prompt.name_ids) if names is None else names)
             self.au_head = nn.Linear(width, 1, bias=False)
             self.au_bias = nn.Parameter(torch.zeros(self.num_aus))
         else:

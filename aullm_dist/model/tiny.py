@@ -94,6 +94,22 @@ def build_tiny_backbone(
     return folder
 
 
+def tiny_parts(
+    architecture: Architecture = "llama", *, hidden: int = 128, layers: int = 4, heads: int = 4, vocab: int = 1024
+) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
+    """Return config and tokenizer of the backbone that `build_tiny_backbone` would write, without its weights."""
+    recipe = {
+        "architecture": architecture,
+        "hidden": hidden,
+        "layers": layers,
+        "heads": heads,
+        "vocab": vocab,
+        "text": list(_training_text()),
+    }
+    tokenizer = _train_tokenizer(recipe)
+    return _config(recipe, tokenizer), tokenizer
+
+
 def _training_text() -> Iterator[str]:
     for aus in AU_SETS.values():
         for use_structure in (True, False):

@@ -11,16 +11,14 @@ from torch import nn
 
 from aullm_dist.config import Config
 from aullm_dist.log import get_logger
-from aullm_dist.model.aullm import AULLM, Ablation, LedCnnBaseline, check_kernels
-from aullm_dist.model.counterfactual import Chances
-from aullm_dist.model.graph import AUGraph
-from aullm_dist.model.llm import Backbone, embedding_rms, load_backbone, mean_embeddings
+from aullm_dist.model.assembly import assemble, autocast_of
+from aullm_dist.model.aullm import Ablation, LedCnnBaseline, check_kernels
+from aullm_dist.model.counterfactual import branching
+from aullm_dist.model.llm import Backbone, load_backbone
 from aullm_dist.model.piecewise import Placement
-from aullm_dist.model.projector import EvidenceProjector
-from aullm_dist.model.prompt import Prompt, build_prompt
-from aullm_dist.model.reasoner import Reasoner
+from aullm_dist.model.prompt import build_prompt
 from aullm_dist.model.relations import AURelations, build_relations, sample_structure_edit
-from aullm_dist.model.visual import LedCnn, VisualBackbone
+from aullm_dist.model.visual import LedCnn
 from aullm_dist.training import engine_state
 from aullm_dist.training.base_identity import base_identity
 from aullm_dist.training.batches import ClipRecipe
@@ -73,7 +71,7 @@ def build_model(
     visual_config = {"aus": list(aus), "num_frames": data.num_frames, "image_size": data.size}
     if model.llm == "none":
         network = LedCnn(len(aus), data.num_frames, data.size, dropout=model.dropout)
-        return BuiltModel(LedCnnBaseline(network, autocast=_autocast(config)), {**visual_config, "kind": "led_cnn"})
+        return BuiltModel(LedCnnBaseline(network, autocast=autocast_of(config)), {**visual_config, "kind": "led_cnn"})
     backbone = _load_backbone(config, llm_path, placement)
     # Once more: how much loading draws depends on how it is done.
     torch.manual_seed(config.training.seed)
@@ -84,7 +82,7 @@ def build_model(
     relations = build_relations(aus) if model.structure else None
     # Scale and first values of what meets the LLM are taken from its embeddings.
     with engine_state.gathered(backbone.model.get_input_embeddings().parameters()):
-        network = _assemble(config, backbone, prompt, relations)
+        network = assemble(config, backbone, prompt, relations)
     model_config = {
         **visual_config,
         "kind": "aullm",
@@ -134,56 +132,11 @@ def _load_backbone(config: Config, llm_path: str | Path, placement: Placement | 
     return backbone
 
 
-def _assemble(config: Config, backbone: Backbone, prompt: Prompt, relations: AURelations | None) -> AULLM:
-    """Put visual backbone, projector, graph and reasoner together at the sizes of the backbone LLM."""
-    data, model = config.data, config.model
-    visual = VisualBackbone(data.num_frames, data.size, dropout=model.dropout)
-    scale = embedding_rms(backbone.model)
-    common = {
-        "cell_grid": visual.cell_grid,
-        "embedding_rms": scale,
-        "dropout": model.dropout,
-        "implementation": model.kernels,
-    }
-    sizes = (visual.cell_dim, visual.feature_dim, backbone.hidden_size)
-    projector = EvidenceProjector(*sizes, heads=model.evidence_heads, evidence=model.evidence, **common)
-    graph = None
-    if relations is not None:
-        graph = AUGraph(
-            relations,
-            *sizes,
-            width=model.graph_width,
-            heads=model.graph_heads,
-            layers=model.graph_layers,
-            au_embedding_init=mean_embeddings(backbone.model, prompt.name_ids),
-            **common,
-        )
-    reasoner = Reasoner(
-        backbone,
-        prompt,
-        packing=model.packing,
-        suffixes_per_row=model.suffixes_per_row,
-        suffix_multiple=model.suffix_multiple,
-        scale=scale,
-    )
-    return AULLM(visual, projector, graph, reasoner, autocast=_autocast(config))
-
-
-def _autocast(config: Config) -> torch.dtype | None:
-    return torch.bfloat16 if config.training.precision == "bf16" else None
-
-
 def training_recipe(config: Config, built: BuiltModel) -> ClipRecipe:
     """Return how training clips become tensors, interventions included, and say which are on."""
     data, counterfactual, relations = config.data, config.counterfactual, built.relations
-    probabilities = {
-        "structure": counterfactual.structure_probability if relations else 0.0,
-        "appearance": counterfactual.appearance_probability,
-        "neutral": counterfactual.neutral_probability,
-    }
-    chances = Chances(counterfactual.branches if counterfactual.enabled else 0, probabilities)
-    possible = [name for name, chance in probabilities.items() if chance > 0] if chances.branches else []
-    crossed = relations is not None and counterfactual.contradiction_weight > 0 and "neutral" in possible
+    chances, crossed = branching(config, has_graph=relations is not None)
+    possible = chances.names if chances.branches else ()
     if possible:
         logger.info(
             "CCR: %d per clip of %s; crossed pairs %s",

@@ -27,6 +27,7 @@ FOLDS_FILE = "folds.json"
 ENVIRONMENT_FILE = "environment.json"
 DEEPSPEED_FILE = "deepspeed.json"
 _MAY_CHANGE = {
+    "model.architecture",  # describes model.llm, and must agree with what is loaded
     "training.output",
     "training.processes",
     "training.strategy",

@@ -1,0 +1,172 @@
+"""The run's model without values: the trainer's own modules, on tensors that have shapes and dtypes but no storage.
+
+Nothing is counted by formulas that could go stale: parameters are those of the modules that the trainer builds, and
+forward and backward passes run on `FakeTensor`s, which know the size of everything that would be allocated.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig
+
+from aullm_dist.config import Config
+from aullm_dist.model import prefix_attention
+from aullm_dist.model.assembly import assemble
+from aullm_dist.model.aullm import AULLM
+from aullm_dist.model.llm import Backbone, checkpoint_activations, choose_attention
+from aullm_dist.model.lora import add_lora, lora_targets_of
+from aullm_dist.model.packing import decoder_of
+from aullm_dist.model.piecewise import model_without_storage, owners
+from aullm_dist.model.prompt import Prompt
+from aullm_dist.model.quantization import is_packed, nf4_config, prepare, valueless_state
+from aullm_dist.model.relations import build_relations
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """One parameter of the model, as it is stored.
+
+    Attributes:
+        name: in the model.
+        owner: name of the module that holds it.
+        numel: stored elements; a packed weight has four weights in one bfloat16 element.
+        itemsize: bytes of an element.
+        weights: weights that it stands for.
+        constants: bytes of its quantisation constants, 0 if it is not packed.
+        trainable: whether it is trained.
+    """
+
+    name: str
+    owner: str
+    numel: int
+    itemsize: int
+    weights: int
+    constants: int
+    trainable: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes without the constants."""
+        return self.numel * self.itemsize
+
+
+def prompt_of_size(aus: tuple[int, ...], prefix: int, suffix: int, readout: str, use_structure: bool) -> Prompt:
+    """Return a prompt of which only the lengths mean anything: P prefix tokens, S suffix tokens.
+
+    Args:
+        aus: AU numbers.
+        prefix: P.
+        suffix: S, soft tokens and markers included.
+        readout: as in the run file.
+        use_structure: whether there is an instruction token.
+    """
+    soft = 1 + use_structure + (len(aus) if readout == "per_au" else 0)
+    words = max(suffix - soft, 0)
+    structure = min(2, words - 1) if use_structure and words > 1 else 0
+    return Prompt(
+        aus=aus,
+        readout=readout,
+        text="",
+        prefix_ids=(0,) * prefix,
+        structure_ids=(0,) * structure,
+        question_ids=(0,) * (words - structure),
+        name_ids=((0,),) * len(aus),
+        use_structure=use_structure,
+    )
+
+
+def build(config: Config, llm: PretrainedConfig, prompt: Prompt) -> AULLM:
+    """Return the run's model in its initial state, with its LLM on the meta device.
+
+    Raises:
+        UserError: sizes, attention, LoRA targets or quantisation that cannot work with this LLM.
+    """
+    model = config.model
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    attention, _ = choose_attention(llm, model.attention, model.packing)
+    options = {"attn_implementation": prefix_attention.NAME if attention == "prefix" else attention}
+    packing = nf4_config(dtype) if model.quantization == "nf4" else None
+    causal_lm = model_without_storage(llm, dtype, packing, options=options)
+    causal_lm.requires_grad_(False)
+    causal_lm.config.use_cache = False
+    wanted = model.lora_targets[0] if model.lora_targets == ["all-linear"] else model.lora_targets
+    targets = lora_targets_of(causal_lm, wanted)
+    wrapped = add_lora(causal_lm, targets, model.lora_rank, model.lora_alpha, model.lora_dropout, config.training.seed)
+    if model.activation_checkpointing != "none":
+        checkpoint_activations(causal_lm, reentrant=model.activation_checkpointing == "reentrant")
+    width = decoder_of(causal_lm).config.hidden_size
+    backbone = Backbone(
+        model=wrapped, tokenizer=None, config=llm, hidden_size=width, quantized_modules=(), reasons={}
+    )
+    relations = build_relations(prompt.aus) if model.structure else None
+    with torch.random.fork_rng(devices=[]):
+        return assemble(config, backbone, prompt, relations, scale=1.0, names=torch.ones(len(prompt.aus), width))
+
+
+def weights_of(network: nn.Module, config: Config) -> list[Weight]:
+    """Return every parameter once, in the order of the forward pass."""
+    packing = nf4_config(torch.bfloat16)
+    found = []
+    for name, attribute, module in owners(network):
+        parameter = getattr(module, attribute)
+        owner = name.rpartition(".")[0]
+        if is_packed(module, attribute):
+            weights = module.out_features * module.in_features
+            itemsize = packing.bnb_4bit_quant_storage.itemsize
+            state = valueless_state(torch.Size((module.out_features, module.in_features)), torch.bfloat16, "meta")
+            constants = sum(t.nbytes for t in (state.absmax, state.state2.absmax))
+            found.append(Weight(name, owner, -(-weights // (2 * itemsize)), itemsize, weights, constants, False))
+        else:
+            found.append(
+                Weight(
+                    name, owner, parameter.numel(), parameter.itemsize, parameter.numel(), 0, parameter.requires_grad
+                )
+            )
+    return found
+
+
+@contextlib.contextmanager
+def valueless(network: AULLM, config: Config) -> Iterator[FakeTensorMode]:
+    """Give every parameter and buffer a place on a CPU that allocates nothing, and yield the mode to compute in."""
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for _, name, module in list(owners(network)):
+            given = getattr(module, name)
+            if is_packed(module, name):
+                _put_packed(module, dtype)
+            else:
+                made = torch.empty(given.shape, dtype=given.dtype)
+                module.register_parameter(name, nn.Parameter(made, requires_grad=given.requires_grad))
+        for module in network.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        if config.model.quantization == "nf4":
+            prepare(network.reasoner.llm.get_base_model(), dtype)
+        yield mode
+
+
+def _put_packed(module: nn.Module, dtype: torch.dtype) -> None:
+    storage = nf4_config(dtype).bnb_4bit_quant_storage
+    shape = torch.Size((module.out_features, module.in_features))
+    numel = -(-shape.numel() // (2 * storage.itemsize))
+    # A plain parameter: bitsandbytes' own class cannot hold such a tensor, and its layer does not ask for it.
+    parameter = nn.Parameter(torch.empty(numel, 1, dtype=storage), requires_grad=False)
+    module.quant_state = valueless_state(shape, dtype, "cpu")
+    module.register_parameter("weight", parameter)
+    parameter.quant_state = module.quant_state
+
+
+def batch_of(config: Config, edges: int, views: int, structures: int, branches: int) -> tuple[Tensor | None, ...]:
+    """Return the arguments of the model for a micro-batch of these sizes; called in the mode of `valueless`."""
+    data = config.data
+    mask = torch.ones(structures, edges, dtype=torch.bool) if edges else None
+    return (
+        torch.zeros(views, data.num_frames, data.size, data.size),
+        torch.zeros(structures, dtype=torch.int64),
+        mask,
+        torch.zeros(branches, 2, dtype=torch.int64),
+    )

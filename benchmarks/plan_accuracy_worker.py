@@ -1,0 +1,136 @@
+"""One rank of benchmarks/plan_accuracy.py: the real trainer, its memory sampled and its communication counted."""
+
+import copy
+import gc
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from aullm_dist.config import Config, load
+from aullm_dist.evaluation.metrics import summarise
+from aullm_dist.training import build, context, engine, fold, run, workspace
+
+PERIOD_SECONDS = 0.005
+
+
+class Sampler(threading.Thread):
+    """Samples this process's memory; keeps the highest value in bytes of each phase."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.phase = "load"
+        self.peaks: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        """Sample until the process ends."""
+        while True:
+            self.sample()
+            time.sleep(PERIOD_SECONDS)
+
+    def sample(self) -> int:
+        """Return bytes of anonymous and shared memory, and count them for the present phase."""
+        now = memory()
+        with self._lock:
+            self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), now)
+        return now
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase."""
+        self.sample()
+        with self._lock:
+            self.phase = phase
+        self.sample()
+
+
+def memory() -> int:
+    """Return bytes of RssAnon + RssShmem of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Rss")}
+    return (kib["RssAnon"] + kib["RssShmem"]) * 1024
+
+
+def warm_up(accelerator: Accelerator, config: Config) -> None:
+    """Train a backbone of almost no size the same way: what libraries load on their way belongs to the baseline."""
+    tiny = copy.deepcopy(config)
+    tiny.model.llm, tiny.model.architecture = "tiny", None
+    tiny.model.llm_hidden, tiny.model.llm_layers = 64, 2
+    tiny.training.output = f"{config.training.output}-tiny"
+    tiny.data.train = [str(path) for path in context.on_main(accelerator, lambda: workspace.datasets_of(config))[0]]
+    run.run(accelerator, tiny, "replace", summarise)
+    gc.collect()
+
+
+def marked(sampler: Sampler, phase: str, after: str, work: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `work` as a phase of its own, followed by phase `after`."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        sampler.enter(phase)
+        try:
+            return work(*args, **kwargs)
+        finally:
+            sampler.enter(after)
+
+    return wrapped
+
+
+class Traffic:
+    """What DeepSpeed's communication logger has counted: bytes by operation, per optimizer step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, int]] = []
+
+    def counted(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `step` with its communication kept."""
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            before = self._totals()
+            result = step(*args, **kwargs)
+            after = self._totals()
+            self.steps.append({name: total - before.get(name, 0) for name, total in after.items()})
+            return result
+
+        return wrapped
+
+    @staticmethod
+    def _totals() -> dict[str, int]:
+        if "deepspeed.comm.comm" not in sys.modules:
+            return {}
+        logged = sys.modules["deepspeed.comm.comm"].comms_logger.comms_dict
+        return {name: sum(size * row[0] for size, row in sizes.items()) for name, sizes in logged.items()}
+
+
+def main(results: str, run_file: str, *overrides: str) -> None:
+    """Train on this rank and write what was observed."""
+    config = load(run_file, overrides)
+    accelerator: Accelerator = context.start(config.training)
+    warm_up(accelerator, config)
+    accelerator.wait_for_everyone()
+    sampler, traffic = Sampler(), Traffic()
+    baseline = sampler.sample()
+    sampler.start()
+    run.build_model = marked(sampler, "load", "start", build.build_model)
+    engine.prepare = marked(sampler, "start", "check", engine.prepare)
+    trainer = fold.FoldTrainer
+    trainer._step = traffic.counted(marked(sampler, "step", "between", trainer._step))
+    trainer._evaluate = marked(sampler, "evaluation", "between", trainer._evaluate)
+    trainer._save = marked(sampler, "save", "between", trainer._save)
+    run.run(accelerator, config, "replace", summarise)
+    row = {
+        "rank": accelerator.process_index,
+        "baseline": baseline,
+        "peaks": {name: peak - baseline for name, peak in sampler.peaks.items()},
+        "traffic": traffic.steps,
+    }
+    Path(results, f"rank-{accelerator.process_index}.json").write_text(json.dumps(row))
+    context.stop(accelerator)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
