@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     from aullm_dist.evaluation.evaluate_cli import add_evaluate_arguments, run_evaluate
     from aullm_dist.evaluation.predict_cli import add_predict_arguments, run_predict
     from aullm_dist.model.quantize_cli import add_quantize_arguments, run_quantize
+    from aullm_dist.planning.plan_cli import add_plan_arguments, run_plan
     from aullm_dist.training.checkpoint_cli import add_checkpoint_arguments, run_checkpoint_verify
 
     parser = argparse.ArgumentParser(
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("prepare", "turn a raw corpus release into a checked dataset", add_prepare_arguments, run_prepare)
     add("synthesize", "write a synthetic corpus in a real layout", add_synthesize_arguments, run_synthesize)
     add("quantize", "write an LLM in 4 bits, once for all runs", add_quantize_arguments, run_quantize)
+    add("plan", "tell what a run takes, before it is started", add_plan_arguments, run_plan)
     add("config", "print every setting, or check a run file", add_config_arguments, run_config)
     add("evaluate", "print and write the tables of a run", add_evaluate_arguments, run_evaluate)
     add("predict", "answer prepared clips with a trained checkpoint", add_predict_arguments, run_predict)

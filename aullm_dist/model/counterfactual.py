@@ -42,7 +42,9 @@ class Counts:
 
     def times(self, clips: int) -> "Counts":
         """Return the counts of as many clips, each like this one on average, rounded up."""
-        return Counts(clips, *(math.ceil(clips * n / self.clips) for n in (self.views, self.structures, self.branches)))
+        each = (self.views, self.structures, self.branches)
+        # Means are sums of products of chances: 4 may come as 4.0000000001.
+        return Counts(clips, *(math.ceil(round(clips * n / self.clips, 6)) for n in each))
 
 
 def branching(config: Config, has_graph: bool) -> tuple[Chances, bool]:

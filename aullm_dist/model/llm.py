@@ -53,7 +53,8 @@ ACTIVATION_CHECKPOINTING = ("none", "non_reentrant", "reentrant")
 
 _LIBRARY_ERRORS = (OSError, ValueError, SafetensorError)
 _PROGRESS_BAR_FROM_BYTES = 2**30
-_IDS_AT_ONCE = 8192
+IDS_AT_ONCE = 8192
+"""Rows of the embeddings that are looked up at a time for their scale."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +208,7 @@ def _describe(
         "attn_implementation": LIBRARY_NAMES.get(implementation, implementation),
         "trust_remote_code": trust_remote_code,
     }
-    return _ModelFiles(source, is_local, config, _load_tokenizer(source, common), stored_in_nf4, options, reason)
+    return _ModelFiles(source, is_local, config, load_tokenizer(source, common), stored_in_nf4, options, reason)
 
 
 @torch.no_grad()
@@ -220,7 +221,7 @@ def embedding_rms(llm: nn.Module) -> float:
     embed = llm.get_input_embeddings()
     ids = torch.arange(embed.num_embeddings, device=embed.weight.device)
     norms = torch.cat(
-        [torch.linalg.vector_norm(embed(part), dim=1, dtype=torch.float32) for part in ids.split(_IDS_AT_ONCE)]
+        [torch.linalg.vector_norm(embed(part), dim=1, dtype=torch.float32) for part in ids.split(IDS_AT_ONCE)]
     )
     used = norms[norms > 0].double()
     assert len(used), "input embeddings are all zero"
@@ -321,7 +322,12 @@ def _describe_windows(config: PretrainedConfig) -> str:
     return f", window of {window} tokens on {sliding} of {total} layers"
 
 
-def _load_tokenizer(source: str, common: dict) -> object:
+def load_tokenizer(source: str, common: dict) -> object:
+    """Return the tokenizer of an LLM; `common` are options of the library's `from_pretrained`.
+
+    Raises:
+        UserError: there is none.
+    """
     try:
         return AutoTokenizer.from_pretrained(source, **common)
     except _LIBRARY_ERRORS as error:

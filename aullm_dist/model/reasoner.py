@@ -107,10 +107,8 @@ class Reasoner(nn.Module):
 
     def num_tokens(self, num_branches: int) -> int:
         """Return how many tokens the LLM computes for `num_branches` branches, those that fill rows up included."""
-        if not self.packing:
-            return num_branches * (self.prompt.prefix_tokens + self.prompt.suffix_tokens)
-        rows, per_row = rows_of(num_branches, **self._layout(num_branches))
-        return rows * (self.prompt.prefix_tokens + per_row * self.prompt.suffix_tokens)
+        lengths = (self.prompt.prefix_tokens, self.prompt.suffix_tokens)
+        return tokens_computed(num_branches, *lengths, self.packing, self.suffixes_per_row, self.suffix_multiple)
 
     def self_check(self, *, tolerance: float | None = None) -> float:
         """Compare a few packed branches of random soft tokens with their padded twins (`packing.self_check`)."""
@@ -125,8 +123,7 @@ class Reasoner(nn.Module):
         return self_check(self.llm, prefix, suffix, self.prompt.readout_positions, **layout, tolerance=tolerance)
 
     def _layout(self, num_suffixes: int) -> dict[str, int]:
-        rows = math.ceil(num_suffixes / self.suffixes_per_row) if self.suffixes_per_row > 0 else 1
-        return {"rows": rows, "multiple": self.suffix_multiple}
+        return _layout(num_suffixes, self.suffixes_per_row, self.suffix_multiple)
 
     def _embeds(self, content: Tensor, instruction: Tensor | None, branches: Tensor) -> tuple[Tensor, Tensor]:
         """Return the prefix [P, D] and the suffixes [K, S, D] in the dtype of the LLM's embeddings."""
@@ -143,3 +140,27 @@ class Reasoner(nn.Module):
         if self.prompt.readout == "per_au":
             parts.append(self.au_markers.to(static.dtype).expand(num_branches, -1, -1))
         return prefix, torch.cat(parts, dim=1)
+
+
+def tokens_computed(
+    branches: int, prefix: int, suffix: int, packing: bool, suffixes_per_row: int, suffix_multiple: int
+) -> int:
+    """Return how many tokens the LLM computes for a number of branches, those that fill rows up included.
+
+    Args:
+        branches: K.
+        prefix: P.
+        suffix: S.
+        packing: whether suffixes share a row.
+        suffixes_per_row: as many at most; 0 puts all into one row.
+        suffix_multiple: packed rows are filled up to a multiple of this.
+    """
+    if not packing:
+        return branches * (prefix + suffix)
+    rows, per_row = rows_of(branches, **_layout(branches, suffixes_per_row, suffix_multiple))
+    return rows * (prefix + per_row * suffix)
+
+
+def _layout(suffixes: int, suffixes_per_row: int, multiple: int) -> dict[str, int]:
+    rows = math.ceil(suffixes / suffixes_per_row) if suffixes_per_row > 0 else 1
+    return {"rows": rows, "multiple": multiple}

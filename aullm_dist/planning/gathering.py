@@ -8,7 +8,7 @@ Source: deepspeed 0.19.8, runtime/zero/partitioned_param_coordinator.py and part
 
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aullm_dist.planning.skeleton import Weight
 from aullm_dist.planning.trace import Record
@@ -35,6 +35,7 @@ class Gathered:
         in_transit: of these, bytes in which they travel.
         messages: bytes of this process's shares that it sends to all others, as DeepSpeed's logger counts them.
         gathers: number of those messages.
+        left: bytes of whole parameters behind the passes: what DeepSpeed expects to be used again stays.
     """
 
     peak: int
@@ -43,6 +44,7 @@ class Gathered:
     in_transit: int
     messages: int
     gathers: int
+    left: int
 
 
 class _Transfer:
@@ -59,14 +61,12 @@ class Gatherer:
 
     Args:
         weights: all parameters.
-        processes: among which a parameter is divided.
+        processes: among which a parameter is divided where it is gathered from.
         limits: from the strategy.
         copies_on_receipt: whether the communication library needs space of its own for what it receives, as gloo does.
     """
 
-    def __init__(
-        self, weights: Iterable[Weight], processes: int, limits: Limits, copies_on_receipt: bool
-    ) -> None:
+    def __init__(self, weights: Iterable[Weight], processes: int, limits: Limits, copies_on_receipt: bool) -> None:
         self._of: dict[str, list[Weight]] = defaultdict(list)
         for weight in weights:
             self._of[weight.owner].append(weight)
@@ -87,7 +87,7 @@ class Gatherer:
         self._begin()
         self._messages = self._gathers = 0
         seen: list[str] = []
-        level, best = 0, Gathered(0, 0, 0, 0, 0, 0)
+        level, best = 0, Gathered(0, 0, 0, 0, 0, 0, 0)
         for record in records:
             self._transient = 0
             if record.kind == "fetch":
@@ -96,16 +96,18 @@ class Gatherer:
             elif record.kind == "release":
                 self._release(record)
             whole, flats = self._held()
-            for memory, transit in ((record.peak, flats), (0, flats + self._transient)):
-                if level + memory + whole + transit > best.peak:
-                    best = Gathered(level + memory + whole + transit, level, whole, transit, 0, 0)
+            # What is sent travels while the module computes.
+            transit = flats + self._transient
+            if level + record.peak + whole + transit > best.peak:
+                best = Gathered(level + record.peak + whole + transit, level, whole, transit, 0, 0, 0)
             level += record.change
         for module in list(self._backward):
             self._let_go(self._of[module], set(self._of[module]) - self.persistent, module)
         if self._order is None:
             self._order = seen
             self._uses = [(w, step) for step, name in enumerate(seen) for w in self._of[name]]
-        return Gathered(best.peak, best.saved, best.parameters, best.in_transit, self._messages, self._gathers)
+        left = sum(self._held())
+        return replace(best, messages=self._messages, gathers=self._gathers, left=left)
 
     def partition_all(self) -> None:
         """End an optimizer step: everything is divided again, and persistent parameters are gathered anew."""

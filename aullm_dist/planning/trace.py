@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
 from transformers import PretrainedConfig
 
 from aullm_dist.config import Config
@@ -42,6 +43,7 @@ class Record:
         anew: whether that forward pass happens in the backward pass, for activation checkpointing.
         peak: bytes at most, above the level before this moment.
         change: bytes by which the level has changed at the next moment.
+        flops: floating-point operations of matrix products and attention.
     """
 
     kind: Kind
@@ -50,6 +52,7 @@ class Record:
     anew: bool = False
     peak: int = 0
     change: int = 0
+    flops: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,11 @@ class Passes:
                 break
             level += record.change
         return level
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the matrix products."""
+        return sum(record.flops for record in self.records)
 
     @property
     def peak(self) -> int:
@@ -190,7 +198,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-        self._level = self._peak = self._before = 0
+        self._level = self._peak = self._before = self._flops = 0
         self._records: list[Record] = []
         self._now = Record("begin")
 
@@ -210,8 +218,10 @@ class _Recorder(TorchDispatchMode):
         return self._records
 
     def _close(self) -> None:
-        self._records.append(replace(self._now, peak=self._peak - self._before, change=self._level - self._before))
+        peak, change = self._peak - self._before, self._level - self._before
+        self._records.append(replace(self._now, peak=peak, change=change, flops=self._flops))
         self._before = self._peak = self._level
+        self._flops = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:
@@ -223,6 +233,9 @@ class _Recorder(TorchDispatchMode):
                 self._count(tensor.untyped_storage())
         if function.name().startswith("bitsandbytes::gemm_4bit"):
             self._peak = max(self._peak, self._level + _unpacked(args))
+            self._flops += 2 * args[0].numel() * args[2][0]
+        elif function.overloadpacket in flop_registry:
+            self._flops += flop_registry[function.overloadpacket](*args, **(kwargs or {}), out_val=result)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:

@@ -13,10 +13,11 @@ RANKS = {
     "": 0, "errors": 0, "files": 0, "log": 0, "facs": 0, "configs": 0,
     "config": 1, "endings": 1,
     "data": 2, "model": 2,
-    "training": 3,
-    "evaluation": 4,
-    "config_cli": 5, "cli": 6, "train_cli": 6,
-    "train": 7,
+    "planning": 3,
+    "training": 4,
+    "evaluation": 5,
+    "config_cli": 6, "cli": 7, "train_cli": 7,
+    "train": 8,
 }  # fmt: skip
 
 

@@ -1,0 +1,399 @@
+"""The plan of a run: what each process holds at each moment of it, what it sends, what it computes, and how fast.
+
+Nothing here is fitted to a measurement. Parameters are those of the modules that the trainer builds, activations those
+of passes on tensors without values (`trace`), gathering follows DeepSpeed's rules (`gathering`), and what engines hold
+follows their code (`engines`). Left out is what no dimension of the model tells: the libraries' own memory, the CUDA
+context, NCCL's buffers, the allocator's rounding. `Cluster.reserve` stands for those.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from aullm_dist.config import Config, load_strategy
+from aullm_dist.config.checks import check
+from aullm_dist.errors import UserError
+from aullm_dist.model.architecture import config_of
+from aullm_dist.model.counterfactual import Counts, branching, mean_and_largest
+from aullm_dist.model.prompt import Prompt
+from aullm_dist.planning.cluster import Cluster
+from aullm_dist.planning.engines import Engine, Term
+from aullm_dist.planning.gathering import Gatherer
+from aullm_dist.planning.loading import load_terms, read_bytes
+from aullm_dist.planning.prompts import PlannedPrompt, plan_prompt
+from aullm_dist.planning.saving import save_terms
+from aullm_dist.planning.skeleton import Weight, build, weights_of
+from aullm_dist.planning.trace import Passes, trace
+
+PHASES = ("load", "start", "step", "evaluation", "save")
+_EVALUATED = Counts(1, 1, 1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """The memory peak of one part of a run, of the process that takes most, in terms that add up to it."""
+
+    name: str
+    terms: tuple[Term, ...]
+
+    def total(self, on_host: bool) -> int:
+        """Return bytes on the GPU, or in the machine's memory."""
+        return sum(term.nbytes for term in self.terms if term.on_host == on_host)
+
+    @property
+    def both(self) -> int:
+        """Bytes of a process that computes on a CPU, where all memory is one."""
+        return sum(term.nbytes for term in self.terms)
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What is sent. Messages are counted as DeepSpeed's logger does: the tensor that a process hands over."""
+
+    messages: dict[str, int]
+    """Bytes of one process's messages of an optimizer step, by operation."""
+    received: int
+    """Bytes that one process receives in a step when rings carry the messages."""
+    between_nodes: int
+    """Bytes that one machine receives from the others in a step."""
+    read: int
+    """Bytes that a machine reads from disk at a start."""
+    exchanged: int
+    """Bytes that one process receives while the LLM is loaded and what is trained is made equal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Arithmetic of an optimizer step of one GPU, and what follows from it."""
+
+    tokens: int
+    """LLM tokens of a micro-batch, branches on average."""
+    floor_flops: int
+    """4 x weights x tokens of all micro-batches: forward, and gradients of the inputs."""
+    flops: int
+    """Counted over the passes: with LoRA, attention and what is computed anew."""
+    compute_seconds: float
+    """At the peak of the GPU."""
+    network_seconds: float
+    clips_per_second_at_most: float
+    """All GPUs at their peak, sending behind computing."""
+    clips_per_second: float
+    """At the assumed efficiency, nothing overlapped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run on a cluster.
+
+    Attributes:
+        config: the run's configuration.
+        cluster: the machines.
+        engine: the strategy in words.
+        sizes: weights of the LLM, of LoRA and of the other modules, tokens of the prompt, micro-batches, and so on.
+        phases: memory.
+        network: what is sent.
+        speed: arithmetic.
+        assumptions: what the numbers rest on and nobody has checked.
+    """
+
+    config: Config
+    cluster: Cluster
+    engine: str
+    sizes: dict[str, int]
+    phases: tuple[Phase, ...]
+    network: Network
+    speed: Speed
+    assumptions: tuple[str, ...]
+
+    @property
+    def gpu_peak(self) -> Phase:
+        """The phase in which a GPU holds most."""
+        return max(self.phases, key=lambda phase: phase.both if self.cluster.cpu else phase.total(False))
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Its bytes, the reserve left out."""
+        return self.gpu_peak.both if self.cluster.cpu else self.gpu_peak.total(False)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes that the processes of one machine hold in its memory at most, beside their libraries.
+
+        Process 0 alone collects what is saved.
+        """
+        each = max(phase.total(True) for phase in self.phases if phase.name != "save")
+        kept = next(phase for phase in self.phases if phase.name == "evaluation").total(True)
+        saver = next(phase for phase in self.phases if phase.name == "save").total(True) - kept
+        return each * self.cluster.per_node + max(0, saver)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it fits; None where no memory was given."""
+        given = [
+            (self.gpu_bytes + self.cluster.reserve, self.cluster.gpu_memory),
+            (self.host_bytes, self.cluster.host_memory),
+        ]
+        known = [needed <= there for needed, there in given if there is not None]
+        return all(known) if known else None
+
+
+def plan(
+    config: Config, cluster: Cluster, *, prefix_tokens: int | None = None, suffix_tokens: int | None = None
+) -> Plan:
+    """Plan a run. No weights are read, no GPU is used, nothing is downloaded.
+
+    Args:
+        config: the run's configuration.
+        cluster: the machines; `training.processes` is set to its GPUs.
+        prefix_tokens: tokens that all branches share; None counts or estimates them.
+        suffix_tokens: tokens of one branch; None counts or estimates them.
+
+    Raises:
+        UserError: the architecture is not known, or this model, batch or strategy cannot work, with the reason.
+    """
+    if config.model.llm == "none":
+        raise UserError("model.llm is none: the baseline has no LLM and takes well below 1 GiB; there is nothing to plan")
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, processes=cluster.gpus))
+    check(config)
+    strategy = load_strategy(config.training.strategy)
+    deepspeed = strategy.resolved(config.training, cluster.gpus, cluster.per_node)
+    accumulation = config.training.accumulation(cluster.gpus)
+    engine = Engine.of(deepspeed, cluster.gpus, accumulation, cluster.cpu)
+    planned = plan_prompt(config, prefix_tokens, suffix_tokens)
+    model = _Model(config, planned, config_of(config.model))
+    weights = model.weights()
+    gatherer = _gatherer(engine, weights)
+    step, sent, persistent = _step(model, engine, gatherer, weights)
+    evaluation, left = _evaluation(model, engine, gatherer, weights)
+    resting = (*engine.base(weights), *engine.trained(weights))
+    kept = (*resting, *([Term("parameters that evaluation leaves whole", left)] if left else []))
+    phases = (
+        Phase("load", tuple(load_terms(engine, weights, model.llm.hidden_size))),
+        Phase("start", (*engine.base(weights), *engine.at_start(weights))),
+        step,
+        evaluation,
+        Phase("save", (*kept, *save_terms(engine, weights))),
+    )
+    messages = engine.sends_per_step(weights, sent, persistent)
+    network = _network(engine, cluster, weights, messages)
+    return Plan(
+        config=config,
+        cluster=cluster,
+        engine=config.training.strategy,
+        sizes=_sizes(model, weights, accumulation),
+        phases=phases,
+        network=network,
+        speed=_speed(model, weights, cluster, accumulation, network),
+        assumptions=(planned.assumption, *_assumptions(cluster)),
+    )
+
+
+def _gatherer(engine: Engine, weights: list[Weight]) -> Gatherer | None:
+    if engine.stage < 3:
+        return None
+    among = engine.second if engine.second > 1 else engine.processes
+    return Gatherer(weights, among, engine.limits, copies_on_receipt=engine.cpu and engine.processes > 1)
+
+
+class _Model:
+    """The run's model, traced when it is asked for."""
+
+    def __init__(self, config: Config, planned: PlannedPrompt, llm: PretrainedConfig) -> None:
+        self.config, self.prompt, self.llm = config, planned.prompt, llm
+        self.mean, self.most = mean_and_largest(*branching(config, has_graph=config.model.structure))
+
+    def weights(self) -> list[Weight]:
+        return _weights(_key(self.config, self.llm), self.config, self.llm, self.prompt)
+
+    def passes(self, counts: Counts, training: bool, engine: Engine) -> Passes:
+        # With accumulation the gradients of earlier micro-batches are a term of their own.
+        keeps = training and engine.stage == 0 and engine.accumulation == 1
+        sizes = (self.prompt.prefix_tokens, self.prompt.suffix_tokens)
+        key = (_key(self.config, self.llm), sizes, counts, training, keeps, engine.stage == 3)
+        return _passes(key, self.config, self.llm, self.prompt)
+
+    def tokens(self, counts: Counts) -> int:
+        """LLM tokens of a micro-batch."""
+        return _tokens(self.config, self.prompt, int(counts.branches))
+
+
+def _tokens(config: Config, prompt: Prompt, branches: int) -> int:
+    from aullm_dist.model.reasoner import tokens_computed
+
+    model = config.model
+    return tokens_computed(
+        branches, prompt.prefix_tokens, prompt.suffix_tokens, model.packing, model.suffixes_per_row
+    )
+
+
+_TRACES: dict[tuple, Passes] = {}
+_WEIGHTS: dict[str, list[Weight]] = {}
+
+
+def _key(config: Config, llm: PretrainedConfig) -> str:
+    """Return what decides how a model is built and what its passes allocate, but for their sizes."""
+    parts = [dataclasses.asdict(config.model), dataclasses.asdict(config.data), config.training.precision]
+    return json.dumps([*parts, llm.to_dict()], default=str, sort_keys=True)
+
+
+def _weights(key: str, config: Config, llm: PretrainedConfig, prompt: Prompt) -> list[Weight]:
+    if key not in _WEIGHTS:
+        _WEIGHTS[key] = weights_of(build(config, llm, prompt), config)
+    return _WEIGHTS[key]
+
+
+def _passes(key: tuple, config: Config, llm: PretrainedConfig, prompt: Prompt) -> Passes:
+    if key not in _TRACES:
+        _, _, counts, training, keeps, divided = key
+        _TRACES[key] = trace(
+            config, llm, prompt, counts, training=training, keep_gradients=keeps, divided=divided
+        )
+    return _TRACES[key]
+
+
+def _step(
+    model: _Model, engine: Engine, gatherer: Gatherer | None, weights: list[Weight]
+) -> tuple[Phase, int, int]:
+    """Return the peak of an optimizer step, and bytes of gathering in a micro-batch and between steps."""
+    passes = model.passes(model.most.times(model.config.training.micro_batch), True, engine)
+    resting = [*engine.base(weights), *engine.trained(weights)]
+    whole: list[Term] = []
+    sent = persistent = 0
+    if gatherer is None:
+        computing = _activations(passes.peak, passes.saved)
+    else:
+        # The first call learns the order, the second shows what knowing it does.
+        gatherer.passes(passes.records)
+        gatherer.partition_all()
+        found = gatherer.passes(passes.records)
+        gatherer.partition_all()
+        sent, persistent = found.messages, gatherer.persistent_messages()
+        whole = [Term("small parameters, whole", sum(w.nbytes for w in gatherer.persistent))]
+        rest = found.peak - found.parameters - found.in_transit
+        computing = [
+            Term("gathered parameters", found.parameters),
+            Term("parameters on their way", found.in_transit),
+            *_activations(rest, found.saved),
+        ]
+    moments = [
+        [*engine.during_passes(weights), *computing],
+        [*whole, *engine.at_end_of_backward(weights)],
+        [*whole, *engine.at_optimizer(weights)],
+    ]
+    worst = max(moments, key=lambda terms: sum(t.nbytes for t in terms if engine.cpu or not t.on_host))
+    return Phase("step", (*resting, *worst)), sent, persistent
+
+
+def _activations(peak: int, saved: int) -> list[Term]:
+    saved = min(saved, peak)
+    return [Term("activations that are kept", saved), Term("workspace of the layer at work", peak - saved)]
+
+
+def _evaluation(
+    model: _Model, engine: Engine, gatherer: Gatherer | None, weights: list[Weight]
+) -> tuple[Phase, int]:
+    """Return the peak of answering held-out clips, and what stays whole behind it."""
+    passes = model.passes(_EVALUATED.times(model.config.training.micro_batch), False, engine)
+    resting = [*engine.base(weights), *engine.trained(weights)]
+    if gatherer is None:
+        return Phase("evaluation", (*resting, Term("workspace of the layer at work", passes.peak))), 0
+    # One pass for the answers, one without each soft token; what the first leaves whole the next finds.
+    found = max((gatherer.passes(passes.records) for _ in range(3)), key=lambda result: result.peak)
+    left = gatherer.passes(passes.records).left
+    gatherer.partition_all()
+    terms = [
+        Term("gathered parameters", found.parameters),
+        Term("parameters on their way", found.in_transit),
+        Term("workspace of the layer at work", found.peak - found.parameters - found.in_transit),
+    ]
+    return Phase("evaluation", (*resting, *terms)), left
+
+
+def _network(engine: Engine, cluster: Cluster, weights: list[Weight], messages: dict[str, int]) -> Network:
+    """Count what rings carry: of `s` handed over, an all-gather brings (N - 1) s, the others 2 (N - 1) / N s or half."""
+    received = between = 0
+    for operation, sent in messages.items():
+        members = engine.processes
+        crosses = cluster.nodes > 1
+        if operation == "all_gather_into_tensor":
+            if engine.second > 1:
+                # Layers come from within the machine; only what is trained crosses.
+                members, crosses = engine.second, False
+            brought = (members - 1) * sent
+        else:
+            brought = (2 if operation == "all_reduce" else 1) * sent * (members - 1) // members
+        received += brought
+        between += brought if crosses else 0
+    trained = sum(w.nbytes for w in weights if w.trainable)
+    base = sum(w.nbytes + w.constants for w in weights if not w.trainable)
+    whole = engine.stage < 3 or engine.second > 1
+    exchanged = trained + (base * (engine.processes - 1) // engine.processes if whole else 0)
+    exchanged = exchanged + (base if engine.stage == 0 else 0) if engine.processes > 1 else 0
+    return Network(messages, received, between, read_bytes(weights) // cluster.nodes, exchanged)
+
+
+def _speed(
+    model: _Model, weights: list[Weight], cluster: Cluster, accumulation: int, network: Network
+) -> Speed:
+    training = model.config.training
+    mean = model.mean.times(training.micro_batch)
+    engine = Engine.of(None, 1, 2, cluster.cpu)
+    passes = model.passes(mean, True, engine)
+    tokens = model.tokens(mean)
+    frozen = sum(w.weights for w in weights if not w.trainable and _multiplies(w))
+    flops = passes.flops * accumulation
+    compute = flops / cluster.gpu_flops
+    sending = (network.received - network.between_nodes) / cluster.link + network.between_nodes / cluster.interconnect
+    return Speed(
+        tokens=tokens,
+        floor_flops=4 * frozen * tokens * accumulation,
+        flops=flops,
+        compute_seconds=compute,
+        network_seconds=sending,
+        clips_per_second_at_most=training.global_batch / max(compute, sending),
+        clips_per_second=training.global_batch / (compute / cluster.efficiency + sending),
+    )
+
+
+def _multiplies(weight: Weight) -> bool:
+    """Whether a frozen weight is part of a matrix product: not a table of embeddings, a norm's gain or a bias."""
+    return weight.name.endswith("weight") and not ("embed" in weight.name or "norm" in weight.name)
+
+
+def _sizes(model: _Model, weights: list[Weight], accumulation: int) -> dict[str, int]:
+    lora = sum(w.numel for w in weights if "lora_" in w.name)
+    trained = sum(w.numel for w in weights if w.trainable)
+    training = model.config.training
+    most, mean = (counts.times(training.micro_batch) for counts in (model.most, model.mean))
+    return {
+        "llm_weights": sum(w.weights for w in weights if not w.trainable),
+        "packed_weights": sum(w.weights for w in weights if w.constants),
+        "llm_bytes": sum(w.nbytes + w.constants for w in weights if not w.trainable),
+        "lora_weights": lora,
+        "other_trained_weights": trained - lora,
+        "layers": model.llm.num_hidden_layers,
+        "prefix_tokens": model.prompt.prefix_tokens,
+        "suffix_tokens": model.prompt.suffix_tokens,
+        "branches_mean": int(mean.branches),
+        "branches_most": int(most.branches),
+        "tokens_mean": model.tokens(mean),
+        "tokens_most": model.tokens(most),
+        "micro_batches": accumulation,
+        "global_batch": training.global_batch,
+    }
+
+
+def _assumptions(cluster: Cluster) -> tuple[str, ...]:
+    return (
+        f"{cluster.gpu_flops / 1e12:.0f} TFLOP/s at the peak of a GPU, of which a step reaches {cluster.efficiency:.0%} "
+        "(--gpu-flops, --efficiency); the default is an H100's datasheet, bf16 without sparsity, and a guess",
+        f"{cluster.link / 1e9:.0f} GB/s into a GPU within a machine, {cluster.interconnect / 1e9:.0f} GB/s into a machine "
+        "(--link, --interconnect)",
+        f"{cluster.reserve / 2**30:.1f} GiB of a GPU for its context, NCCL and the allocator (--reserve); libraries take "
+        "machine memory beside what is planned",
+        "memory is that of the largest draw of branches, speed that of the mean",
+    )
+
+
