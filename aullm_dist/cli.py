@@ -15,7 +15,12 @@ Command = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `aullm-dist` and return its exit code: 0, or 2 with one line on stderr for a mistake in the input."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(argument.startswith("-") for argument in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        # argparse takes positional arguments behind an option for a mistake.
+        args.overrides = [*args.overrides, *rest]
     log.set_up()
     try:
         return args.run_command(args)

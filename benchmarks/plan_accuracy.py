@@ -2,10 +2,10 @@
 
     python benchmarks/plan_accuracy.py [--cases NAME ...] [--json FILE]
 
-Each case is a random LLM of some size, a strategy and a micro-batch. Two processes train it with the real trainer, which
-`accelerate launch` starts. Memory is RssAnon + RssShmem of each process, sampled every 5 ms, above what it held after it
-had trained a backbone of almost no size the same way. Exits with 1 if the peak of a run is off by more than 10 %, or the
-communication of a step by more than 2 % of what DeepSpeed's logger counts.
+Each case is a random LLM of some size, a strategy and a micro-batch. Two processes train it with the real trainer,
+which `accelerate launch` starts. Memory is RssAnon + RssShmem of each process, sampled every 5 ms, above what it held
+after it had trained a backbone of almost no size the same way. Exits with 1 if the peak of a run is off by more than
+10 %, or the communication of a step by more than 2 % of what DeepSpeed's logger counts.
 """
 
 import argparse

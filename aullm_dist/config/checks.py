@@ -86,8 +86,8 @@ def _check_model(config: Config) -> None:
         raise UserError("model.readout is 'per_au' with model.llm: none; allowed: last, as there are no tokens to read")
     if model.architecture is not None and model.llm in ("tiny", "none"):
         raise UserError(
-            f"model.architecture is given with model.llm: {model.llm}; allowed: null, or a Hugging Face name or folder in "
-            "model.llm (the tiny backbone is described by model.llm_architecture, llm_hidden and llm_layers)"
+            f"model.architecture is given with model.llm: {model.llm}; allowed: null, or a Hugging Face name or "
+            "folder in model.llm (the tiny backbone is described by model.llm_architecture, llm_hidden and llm_layers)"
         )
     if model.llm == "none" and model.quantization != "none":
         raise UserError(f"model.quantization is {model.quantization!r} with model.llm: none; allowed: none, or an LLM")

@@ -1,4 +1,4 @@
-"""An LLM's architecture as the run file gives it: its config without its files, and what a config on disk must agree with.
+"""An LLM's architecture as the run file gives it: a config without files, with which a config on disk must agree.
 
 `model.architecture` carries the fields of a published config.json that say how large the LLM is and what its layers do.
 """
@@ -33,9 +33,7 @@ def config_of(model: ModelConfig) -> PretrainedConfig:
         return tiny_parts(model.llm_architecture, hidden=model.llm_hidden, layers=model.llm_layers)[0]
     folder = Path(model.llm).expanduser()
     if (folder / "config.json").is_file():
-        config = load_config(
-            str(folder), {"trust_remote_code": model.trust_remote_code, "local_files_only": True}
-        )
+        config = load_config(str(folder), {"trust_remote_code": model.trust_remote_code, "local_files_only": True})
         refuse_other_architecture(model, config)
         return config
     if model.architecture is None:
@@ -71,6 +69,19 @@ def described(architecture: Mapping[str, Any]) -> PretrainedConfig:
         # The library's own checks, say of heads that do not divide the width.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{_KEY} is refused by transformers ({reason})") from error
+
+
+def check_architecture(model: ModelConfig, llm_path: str) -> None:
+    """Refuse an LLM that a run is about to load if `model.architecture` does not describe it.
+
+    Raises:
+        UserError: there is none, or a field differs.
+    """
+    if model.architecture is None:
+        return
+    is_local = Path(llm_path).expanduser().is_dir()
+    config = load_config(llm_path, {"trust_remote_code": model.trust_remote_code, "local_files_only": is_local})
+    refuse_other_architecture(model, config)
 
 
 def refuse_other_architecture(model: ModelConfig, config: PretrainedConfig) -> None:

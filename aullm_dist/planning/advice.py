@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from aullm_dist.config import Config
@@ -30,16 +30,19 @@ class Change:
         return " ".join(self.overrides)
 
 
+Option = tuple[Change, Callable[[Config, Cluster], Setting]]
+
+
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """What would fit: the changes and the plan with them; no change where nothing would."""
+    """What would fit: the changes and the plan with them; neither where nothing would."""
 
     changes: tuple[Change, ...]
-    plan: Plan
+    plan: Plan | None
 
 
 def advise(config: Config, cluster: Cluster, make_plan: Callable[[Config, Cluster], Plan] = plan) -> Advice:
-    """Find the nearest change that fits, None of which changes what the run learns but NF4.
+    """Find the nearest change that fits. Of all changes NF4 alone is one of what the run learns.
 
     The order of single changes: NF4, activation checkpointing, smaller micro-batches at the same global batch, `zero3`,
     AdamW's state in the machine's memory, parameters in the machine's memory, more GPUs. Then pairs in the same order,
@@ -51,32 +54,48 @@ def advise(config: Config, cluster: Cluster, make_plan: Callable[[Config, Cluste
         make_plan: `plan` with what it is to be given besides.
 
     Returns:
-        Changes that fit, with their plan; without a change the plan of all of them but more GPUs.
+        Changes that fit, with their plan, or none.
     """
-    kinds = [list(options(config, cluster)) for options in _KINDS]
-    kinds = [options for options in kinds if options]
-    last: Plan | None = None
+    kinds = [options for options in (list(kind(config, cluster)) for kind in _KINDS) if options]
+
+    def fitting(options: Sequence[Option]) -> Plan | None:
+        made = _apply(config, cluster, options)
+        if made is None:
+            return None
+        try:
+            planned = make_plan(*made)
+        except UserError:
+            # Changes that do not go together, a batch that the processes cannot share for one.
+            return None
+        return planned if planned.fits else None
+
+    if all(fitting(options) is None for options in _strongest(config, cluster)):
+        return Advice((), None)
     for size in range(1, len(kinds) + 1):
         for chosen in itertools.combinations(kinds, size):
+            # The last option of each kind saves most: where that does not fit, the others need not be tried.
+            if fitting([options[-1] for options in chosen]) is None:
+                continue
             for options in itertools.product(*chosen):
-                made = _apply(config, cluster, options)
-                if made is None:
-                    continue
-                try:
-                    last = make_plan(*made)
-                except UserError:
-                    # Changes that do not go together, a batch that the processes cannot share for one.
-                    continue
-                if last.fits:
-                    return Advice(tuple(change for change, _ in options), last)
-    assert last is not None
-    return Advice((), last)
+                planned = fitting(options)
+                if planned is not None:
+                    return Advice(tuple(change for change, _ in options), planned)
+    return Advice((), None)
 
 
-Option = tuple[Change, Callable[[Config, Cluster], Setting]]
+def _strongest(config: Config, cluster: Cluster) -> Iterator[list[Option]]:
+    """Yield what needs least memory under each strategy, with and without more GPUs.
+
+    No strategy needs least at every size: the buffers of ZeRO-3 alone are more than a small LLM.
+    """
+    for more in (_MORE, ()):
+        always = [options[-1] for kind in (*_SAVINGS, *more) if (options := list(kind(config, cluster)))]
+        yield always
+        for strategy in _STRATEGIES:
+            yield from ([*always, option] for option in strategy(config, cluster))
 
 
-def _apply(config: Config, cluster: Cluster, options: tuple[Option, ...]) -> Setting | None:
+def _apply(config: Config, cluster: Cluster, options: Sequence[Option]) -> Setting | None:
     config = copy.deepcopy(config)
     for _, change in options:
         config, cluster = change(config, cluster)
@@ -130,7 +149,7 @@ def _parameters_on_host(config: Config, cluster: Cluster) -> Iterator[Option]:
 
 def _more_gpus(config: Config, cluster: Cluster) -> Iterator[Option]:
     gpus = 2 * cluster.gpus
-    while gpus <= MOST_GPUS:
+    while gpus <= MOST_GPUS and config.training.global_batch % gpus == 0:
         nodes = max(cluster.nodes, -(-gpus // LARGEST_NODE))
         if gpus % nodes == 0:
             yield _gpus(gpus, nodes)
@@ -144,4 +163,7 @@ def _gpus(gpus: int, nodes: int) -> Option:
     return Change((f"--gpus {gpus}", f"--nodes {nodes}", f"training.processes={gpus}"), "smaller shares"), change
 
 
-_KINDS = (_nf4, _checkpointing, _micro_batches, _divided, _optimizer_on_host, _parameters_on_host, _more_gpus)
+_SAVINGS = (_nf4, _checkpointing, _micro_batches)
+_STRATEGIES = (_divided, _optimizer_on_host, _parameters_on_host)
+_MORE = (_more_gpus,)
+_KINDS = (*_SAVINGS, *_STRATEGIES, *_MORE)

@@ -186,7 +186,11 @@ class Engine:
         if self.stage < 3:
             return [*held, Term("trained parameters, flat: T", total), Term("their float32 copy: T/N", part)]
         # Divided one after the other; then joined into flat pieces.
-        return [held[1], Term("shares, as they were and flat: 2T/N", 2 * part), Term("optimizer's buffers: 3T/N", 3 * part)]
+        return [
+            held[1],
+            Term("shares, as they were and flat: 2T/N", 2 * part),
+            Term("optimizer's buffers: 3T/N", 3 * part),
+        ]
 
     def sends_per_step(self, weights: Sequence[Weight], gathers: int, persistent: int) -> dict[str, int]:
         """Return bytes of the messages of an optimizer step by operation, as DeepSpeed's logger counts them.

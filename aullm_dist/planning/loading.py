@@ -65,7 +65,9 @@ def _one_weight(engine: Engine, weight: Weight) -> list[Term]:
         placed = [Term("the weight at hand, and its share", made + piece)]
     else:
         received = weight.nbytes if engine.cpu and count > 1 else 0
-        placed = [Term("the weight at hand, and pieces as they are sent", weight.nbytes + piece * (count > 1) + received)]
+        placed = [
+            Term("the weight at hand, and pieces as they are sent", weight.nbytes + piece * (count > 1) + received)
+        ]
     if not weight.constants:
         return placed
     at_once = min(WEIGHTS_AT_ONCE, -(-weight.weights // count))

@@ -19,9 +19,10 @@ from aullm_dist.model.architecture import config_of
 from aullm_dist.model.counterfactual import Counts, branching, mean_and_largest
 from aullm_dist.model.prompt import Prompt
 from aullm_dist.planning.cluster import Cluster
+from aullm_dist.planning.costs import Network, Speed, network_of, speed_of
 from aullm_dist.planning.engines import Engine, Term
 from aullm_dist.planning.gathering import Gatherer
-from aullm_dist.planning.loading import load_terms, read_bytes
+from aullm_dist.planning.loading import load_terms
 from aullm_dist.planning.prompts import PlannedPrompt, plan_prompt
 from aullm_dist.planning.saving import save_terms
 from aullm_dist.planning.skeleton import Weight, build, weights_of
@@ -46,41 +47,6 @@ class Phase:
     def both(self) -> int:
         """Bytes of a process that computes on a CPU, where all memory is one."""
         return sum(term.nbytes for term in self.terms)
-
-
-@dataclass(frozen=True, slots=True)
-class Network:
-    """What is sent. Messages are counted as DeepSpeed's logger does: the tensor that a process hands over."""
-
-    messages: dict[str, int]
-    """Bytes of one process's messages of an optimizer step, by operation."""
-    received: int
-    """Bytes that one process receives in a step when rings carry the messages."""
-    between_nodes: int
-    """Bytes that one machine receives from the others in a step."""
-    read: int
-    """Bytes that a machine reads from disk at a start."""
-    exchanged: int
-    """Bytes that one process receives while the LLM is loaded and what is trained is made equal."""
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Arithmetic of an optimizer step of one GPU, and what follows from it."""
-
-    tokens: int
-    """LLM tokens of a micro-batch, branches on average."""
-    floor_flops: int
-    """4 x weights x tokens of all micro-batches: forward, and gradients of the inputs."""
-    flops: int
-    """Counted over the passes: with LoRA, attention and what is computed anew."""
-    compute_seconds: float
-    """At the peak of the GPU."""
-    network_seconds: float
-    clips_per_second_at_most: float
-    """All GPUs at their peak, sending behind computing."""
-    clips_per_second: float
-    """At the assumed efficiency, nothing overlapped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +120,9 @@ def plan(
         UserError: the architecture is not known, or this model, batch or strategy cannot work, with the reason.
     """
     if config.model.llm == "none":
-        raise UserError("model.llm is none: the baseline has no LLM and takes well below 1 GiB; there is nothing to plan")
+        raise UserError(
+            "model.llm is none: the baseline has no LLM and takes well below 1 GiB; there is nothing to plan"
+        )
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, processes=cluster.gpus))
     check(config)
     strategy = load_strategy(config.training.strategy)
@@ -163,7 +131,7 @@ def plan(
     engine = Engine.of(deepspeed, cluster.gpus, accumulation, cluster.cpu)
     planned = plan_prompt(config, prefix_tokens, suffix_tokens)
     model = _Model(config, planned, config_of(config.model))
-    weights = model.weights()
+    weights = model.weights(in_pieces=cluster.gpus > 1 or engine.stage == 3)
     gatherer = _gatherer(engine, weights)
     step, sent, persistent = _step(model, engine, gatherer, weights)
     evaluation, left = _evaluation(model, engine, gatherer, weights)
@@ -177,7 +145,7 @@ def plan(
         Phase("save", (*kept, *save_terms(engine, weights))),
     )
     messages = engine.sends_per_step(weights, sent, persistent)
-    network = _network(engine, cluster, weights, messages)
+    network = network_of(engine, cluster, weights, messages)
     return Plan(
         config=config,
         cluster=cluster,
@@ -185,7 +153,7 @@ def plan(
         sizes=_sizes(model, weights, accumulation),
         phases=phases,
         network=network,
-        speed=_speed(model, weights, cluster, accumulation, network),
+        speed=model.speed(weights, cluster, accumulation, network),
         assumptions=(planned.assumption, *_assumptions(cluster)),
     )
 
@@ -204,8 +172,11 @@ class _Model:
         self.config, self.prompt, self.llm = config, planned.prompt, llm
         self.mean, self.most = mean_and_largest(*branching(config, has_graph=config.model.structure))
 
-    def weights(self) -> list[Weight]:
-        return _weights(_key(self.config, self.llm), self.config, self.llm, self.prompt)
+    def weights(self, in_pieces: bool) -> list[Weight]:
+        key = (_key(self.config, self.llm), in_pieces)
+        if key not in _WEIGHTS:
+            _WEIGHTS[key] = weights_of(build(self.config, self.llm, self.prompt, in_pieces), self.config)
+        return _WEIGHTS[key]
 
     def passes(self, counts: Counts, training: bool, engine: Engine) -> Passes:
         # With accumulation the gradients of earlier micro-batches are a term of their own.
@@ -213,6 +184,14 @@ class _Model:
         sizes = (self.prompt.prefix_tokens, self.prompt.suffix_tokens)
         key = (_key(self.config, self.llm), sizes, counts, training, keeps, engine.stage == 3)
         return _passes(key, self.config, self.llm, self.prompt)
+
+    def speed(self, weights: list[Weight], cluster: Cluster, accumulation: int, network: Network) -> Speed:
+        training = self.config.training
+        mean = self.mean.times(training.micro_batch)
+        # One process, with accumulation: the same passes for every engine, so that one trace serves all.
+        flops = self.passes(mean, True, Engine.of(None, 1, 2, cluster.cpu)).flops
+        tokens = self.tokens(mean)
+        return speed_of(weights, cluster, network, tokens, accumulation, flops, training.global_batch)
 
     def tokens(self, counts: Counts) -> int:
         """LLM tokens of a micro-batch."""
@@ -223,13 +202,11 @@ def _tokens(config: Config, prompt: Prompt, branches: int) -> int:
     from aullm_dist.model.reasoner import tokens_computed
 
     model = config.model
-    return tokens_computed(
-        branches, prompt.prefix_tokens, prompt.suffix_tokens, model.packing, model.suffixes_per_row
-    )
+    return tokens_computed(branches, prompt.prefix_tokens, prompt.suffix_tokens, model.packing, model.suffixes_per_row)
 
 
 _TRACES: dict[tuple, Passes] = {}
-_WEIGHTS: dict[str, list[Weight]] = {}
+_WEIGHTS: dict[tuple, list[Weight]] = {}
 
 
 def _key(config: Config, llm: PretrainedConfig) -> str:
@@ -238,24 +215,14 @@ def _key(config: Config, llm: PretrainedConfig) -> str:
     return json.dumps([*parts, llm.to_dict()], default=str, sort_keys=True)
 
 
-def _weights(key: str, config: Config, llm: PretrainedConfig, prompt: Prompt) -> list[Weight]:
-    if key not in _WEIGHTS:
-        _WEIGHTS[key] = weights_of(build(config, llm, prompt), config)
-    return _WEIGHTS[key]
-
-
 def _passes(key: tuple, config: Config, llm: PretrainedConfig, prompt: Prompt) -> Passes:
     if key not in _TRACES:
         _, _, counts, training, keeps, divided = key
-        _TRACES[key] = trace(
-            config, llm, prompt, counts, training=training, keep_gradients=keeps, divided=divided
-        )
+        _TRACES[key] = trace(config, llm, prompt, counts, training=training, keep_gradients=keeps, divided=divided)
     return _TRACES[key]
 
 
-def _step(
-    model: _Model, engine: Engine, gatherer: Gatherer | None, weights: list[Weight]
-) -> tuple[Phase, int, int]:
+def _step(model: _Model, engine: Engine, gatherer: Gatherer | None, weights: list[Weight]) -> tuple[Phase, int, int]:
     """Return the peak of an optimizer step, and bytes of gathering in a micro-batch and between steps."""
     passes = model.passes(model.most.times(model.config.training.micro_batch), True, engine)
     resting = [*engine.base(weights), *engine.trained(weights)]
@@ -291,9 +258,7 @@ def _activations(peak: int, saved: int) -> list[Term]:
     return [Term("activations that are kept", saved), Term("workspace of the layer at work", peak - saved)]
 
 
-def _evaluation(
-    model: _Model, engine: Engine, gatherer: Gatherer | None, weights: list[Weight]
-) -> tuple[Phase, int]:
+def _evaluation(model: _Model, engine: Engine, gatherer: Gatherer | None, weights: list[Weight]) -> tuple[Phase, int]:
     """Return the peak of answering held-out clips, and what stays whole behind it."""
     passes = model.passes(_EVALUATED.times(model.config.training.micro_batch), False, engine)
     resting = [*engine.base(weights), *engine.trained(weights)]
@@ -309,57 +274,6 @@ def _evaluation(
         Term("workspace of the layer at work", found.peak - found.parameters - found.in_transit),
     ]
     return Phase("evaluation", (*resting, *terms)), left
-
-
-def _network(engine: Engine, cluster: Cluster, weights: list[Weight], messages: dict[str, int]) -> Network:
-    """Count what rings carry: of `s` handed over, an all-gather brings (N - 1) s, the others 2 (N - 1) / N s or half."""
-    received = between = 0
-    for operation, sent in messages.items():
-        members = engine.processes
-        crosses = cluster.nodes > 1
-        if operation == "all_gather_into_tensor":
-            if engine.second > 1:
-                # Layers come from within the machine; only what is trained crosses.
-                members, crosses = engine.second, False
-            brought = (members - 1) * sent
-        else:
-            brought = (2 if operation == "all_reduce" else 1) * sent * (members - 1) // members
-        received += brought
-        between += brought if crosses else 0
-    trained = sum(w.nbytes for w in weights if w.trainable)
-    base = sum(w.nbytes + w.constants for w in weights if not w.trainable)
-    whole = engine.stage < 3 or engine.second > 1
-    exchanged = trained + (base * (engine.processes - 1) // engine.processes if whole else 0)
-    exchanged = exchanged + (base if engine.stage == 0 else 0) if engine.processes > 1 else 0
-    return Network(messages, received, between, read_bytes(weights) // cluster.nodes, exchanged)
-
-
-def _speed(
-    model: _Model, weights: list[Weight], cluster: Cluster, accumulation: int, network: Network
-) -> Speed:
-    training = model.config.training
-    mean = model.mean.times(training.micro_batch)
-    engine = Engine.of(None, 1, 2, cluster.cpu)
-    passes = model.passes(mean, True, engine)
-    tokens = model.tokens(mean)
-    frozen = sum(w.weights for w in weights if not w.trainable and _multiplies(w))
-    flops = passes.flops * accumulation
-    compute = flops / cluster.gpu_flops
-    sending = (network.received - network.between_nodes) / cluster.link + network.between_nodes / cluster.interconnect
-    return Speed(
-        tokens=tokens,
-        floor_flops=4 * frozen * tokens * accumulation,
-        flops=flops,
-        compute_seconds=compute,
-        network_seconds=sending,
-        clips_per_second_at_most=training.global_batch / max(compute, sending),
-        clips_per_second=training.global_batch / (compute / cluster.efficiency + sending),
-    )
-
-
-def _multiplies(weight: Weight) -> bool:
-    """Whether a frozen weight is part of a matrix product: not a table of embeddings, a norm's gain or a bias."""
-    return weight.name.endswith("weight") and not ("embed" in weight.name or "norm" in weight.name)
 
 
 def _sizes(model: _Model, weights: list[Weight], accumulation: int) -> dict[str, int]:
@@ -387,13 +301,11 @@ def _sizes(model: _Model, weights: list[Weight], accumulation: int) -> dict[str,
 
 def _assumptions(cluster: Cluster) -> tuple[str, ...]:
     return (
-        f"{cluster.gpu_flops / 1e12:.0f} TFLOP/s at the peak of a GPU, of which a step reaches {cluster.efficiency:.0%} "
-        "(--gpu-flops, --efficiency); the default is an H100's datasheet, bf16 without sparsity, and a guess",
-        f"{cluster.link / 1e9:.0f} GB/s into a GPU within a machine, {cluster.interconnect / 1e9:.0f} GB/s into a machine "
-        "(--link, --interconnect)",
-        f"{cluster.reserve / 2**30:.1f} GiB of a GPU for its context, NCCL and the allocator (--reserve); libraries take "
-        "machine memory beside what is planned",
+        f"{cluster.gpu_flops / 1e12:.0f} TFLOP/s at the peak of a GPU, a step reaching {cluster.efficiency:.0%} of it; "
+        "the defaults are an H100's datasheet, bf16 without sparsity, and a guess (--gpu-flops, --efficiency)",
+        f"{cluster.link / 1e9:.0f} GB/s into a GPU from its machine, {cluster.interconnect / 1e9:.0f} GB/s into "
+        "a machine from the others (--link, --interconnect)",
+        f"{cluster.reserve / 2**30:.1f} GiB of a GPU for its context, NCCL and the allocator (--reserve); the "
+        "libraries' own memory is not planned",
         "memory is that of the largest draw of branches, speed that of the mean",
     )
-
-

@@ -63,8 +63,8 @@ def _aus(config: Config) -> tuple[tuple[int, ...], str]:
     if None in known:
         folder = folders[known.index(None)]
         raise UserError(
-            f"data: the corpus of {folder!r} is not known from its name; allowed: folders named {', '.join(AU_SETS)}..., "
-            "or the AUs in data.aus=[...]"
+            f"data: the corpus of {folder!r} is not known from its name; allowed: folders that begin with "
+            f"{', '.join(AU_SETS)}, or the AUs in data.aus=[...]"
         )
     corpora = sorted(set(known))
     return au_vocabulary(corpora, data.protocol), ", ".join(corpora)

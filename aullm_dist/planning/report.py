@@ -36,8 +36,8 @@ def shortfall(plan: Plan) -> str | None:
         )
     if cluster.host_memory is not None and plan.host_bytes > cluster.host_memory:
         parts.append(
-            f"each machine needs {gib(plan.host_bytes)} of memory, {gib(plan.host_bytes - cluster.host_memory)} more than "
-            f"its {gib(cluster.host_memory)}"
+            f"each machine needs {gib(plan.host_bytes)} of memory, {gib(plan.host_bytes - cluster.host_memory)} "
+            f"more than its {gib(cluster.host_memory)}"
         )
     return "; ".join(parts)
 
@@ -101,7 +101,9 @@ def _terms(phase: Phase, plan: Plan) -> Table:
         table.add_column("where")
     for term in sorted(phase.terms, key=lambda term: -term.nbytes):
         if term.nbytes:
-            table.add_row(term.name, gib(term.nbytes), *([] if plan.cluster.cpu else ["machine" if term.on_host else "GPU"]))
+            table.add_row(
+                term.name, gib(term.nbytes), *([] if plan.cluster.cpu else ["machine" if term.on_host else "GPU"])
+            )
     if phase.name != "load":
         table.add_row("vocabulary logits (the head is not loaded)", "0", *([] if plan.cluster.cpu else [""]))
     return table
@@ -119,6 +121,7 @@ def _traffic(plan: Plan) -> Table:
         table.add_row("step: received by a machine from the others", gib(network.between_nodes))
     table.add_row("start: read from disk by a machine", gib(network.read))
     table.add_row("start: received by a process", gib(network.exchanged))
+    table.add_row("save: written to disk", gib(network.written))
     return table
 
 
@@ -140,10 +143,12 @@ def _verdict(plan: Plan, advice: Advice | None) -> Text:
     if plan.fits is None:
         return Text("Give --gpu-memory (and --host-memory) to learn whether it fits.", style="bold")
     if plan.fits:
-        left = [] if plan.cluster.gpu_memory is None else [plan.cluster.gpu_memory - plan.cluster.reserve - plan.gpu_bytes]
+        left = (
+            [] if plan.cluster.gpu_memory is None else [plan.cluster.gpu_memory - plan.cluster.reserve - plan.gpu_bytes]
+        )
         return Text(f"It fits{', ' + gib(left[0]) + ' of each GPU to spare' if left else ''}.", style="bold green")
     lines = [(f"It does not fit: {shortfall(plan)}.\n", "bold red")]
-    if advice is not None and advice.changes:
+    if advice is not None and advice.plan is not None:
         lines.append((f"The nearest change that fits: {' '.join(map(str, advice.changes))}", "bold"))
         lines += [f"\n  {change}: {change.reason}" for change in advice.changes]
         lines.append(f"\n  then the peak is {gib(advice.plan.gpu_bytes)}, in phase {advice.plan.gpu_peak.name}")
@@ -171,7 +176,7 @@ def as_dict(name: str, plan: Plan, advice: Advice | None = None) -> dict[str, An
     if advice is not None:
         described["advice"] = {
             "changes": [{"overrides": list(c.overrides), "reason": c.reason} for c in advice.changes],
-            "peak_bytes": advice.plan.gpu_bytes,
+            "peak_bytes": advice.plan.gpu_bytes if advice.plan is not None else None,
         }
     return described
 

@@ -20,7 +20,7 @@ from aullm_dist.model.aullm import AULLM
 from aullm_dist.model.llm import Backbone, checkpoint_activations, choose_attention
 from aullm_dist.model.lora import add_lora, lora_targets_of
 from aullm_dist.model.packing import decoder_of
-from aullm_dist.model.piecewise import model_without_storage, owners
+from aullm_dist.model.piecewise import model_without_storage, owners, refuse_special
 from aullm_dist.model.prompt import Prompt
 from aullm_dist.model.quantization import is_packed, nf4_config, prepare, valueless_state
 from aullm_dist.model.relations import build_relations
@@ -79,18 +79,26 @@ def prompt_of_size(aus: tuple[int, ...], prefix: int, suffix: int, readout: str,
     )
 
 
-def build(config: Config, llm: PretrainedConfig, prompt: Prompt) -> AULLM:
+def build(config: Config, llm: PretrainedConfig, prompt: Prompt, in_pieces: bool) -> AULLM:
     """Return the run's model in its initial state, with its LLM on the meta device.
+
+    Args:
+        config: the run's configuration.
+        llm: config of its LLM.
+        prompt: of the right lengths.
+        in_pieces: whether the LLM is loaded in pieces, without its vocabulary head, or whole by the library.
 
     Raises:
         UserError: sizes, attention, LoRA targets or quantisation that cannot work with this LLM.
     """
     model = config.model
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    dtype = compute_dtype(config)
     attention, _ = choose_attention(llm, model.attention, model.packing)
     options = {"attn_implementation": prefix_attention.NAME if attention == "prefix" else attention}
     packing = nf4_config(dtype) if model.quantization == "nf4" else None
-    causal_lm = model_without_storage(llm, dtype, packing, options=options)
+    causal_lm = model_without_storage(llm, dtype, packing, options=options, keep_head=not in_pieces)
+    if in_pieces:
+        refuse_special(causal_lm, model.llm)
     causal_lm.requires_grad_(False)
     causal_lm.config.use_cache = False
     wanted = model.lora_targets[0] if model.lora_targets == ["all-linear"] else model.lora_targets
@@ -99,9 +107,7 @@ def build(config: Config, llm: PretrainedConfig, prompt: Prompt) -> AULLM:
     if model.activation_checkpointing != "none":
         checkpoint_activations(causal_lm, reentrant=model.activation_checkpointing == "reentrant")
     width = decoder_of(causal_lm).config.hidden_size
-    backbone = Backbone(
-        model=wrapped, tokenizer=None, config=llm, hidden_size=width, quantized_modules=(), reasons={}
-    )
+    backbone = Backbone(model=wrapped, tokenizer=None, config=llm, hidden_size=width, quantized_modules=(), reasons={})
     relations = build_relations(prompt.aus) if model.structure else None
     with torch.random.fork_rng(devices=[]):
         return assemble(config, backbone, prompt, relations, scale=1.0, names=torch.ones(len(prompt.aus), width))
@@ -109,7 +115,8 @@ def build(config: Config, llm: PretrainedConfig, prompt: Prompt) -> AULLM:
 
 def weights_of(network: nn.Module, config: Config) -> list[Weight]:
     """Return every parameter once, in the order of the forward pass."""
-    packing = nf4_config(torch.bfloat16)
+    dtype = compute_dtype(config)
+    packing = nf4_config(dtype)
     found = []
     for name, attribute, module in owners(network):
         parameter = getattr(module, attribute)
@@ -121,25 +128,23 @@ def weights_of(network: nn.Module, config: Config) -> list[Weight]:
             constants = sum(t.nbytes for t in (state.absmax, state.state2.absmax))
             found.append(Weight(name, owner, -(-weights // (2 * itemsize)), itemsize, weights, constants, False))
         else:
-            found.append(
-                Weight(
-                    name, owner, parameter.numel(), parameter.itemsize, parameter.numel(), 0, parameter.requires_grad
-                )
-            )
+            itemsize = _dtype_of(parameter, dtype).itemsize
+            numel = parameter.numel()
+            found.append(Weight(name, owner, numel, itemsize, numel, 0, parameter.requires_grad))
     return found
 
 
 @contextlib.contextmanager
 def valueless(network: AULLM, config: Config) -> Iterator[FakeTensorMode]:
     """Give every parameter and buffer a place on a CPU that allocates nothing, and yield the mode to compute in."""
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    dtype = compute_dtype(config)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for _, name, module in list(owners(network)):
             given = getattr(module, name)
             if is_packed(module, name):
                 _put_packed(module, dtype)
             else:
-                made = torch.empty(given.shape, dtype=given.dtype)
+                made = torch.empty(given.shape, dtype=_dtype_of(given, dtype))
                 module.register_parameter(name, nn.Parameter(made, requires_grad=given.requires_grad))
         for module in network.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
@@ -147,6 +152,16 @@ def valueless(network: AULLM, config: Config) -> Iterator[FakeTensorMode]:
         if config.model.quantization == "nf4":
             prepare(network.reasoner.llm.get_base_model(), dtype)
         yield mode
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """Return the dtype of what is frozen and not packed, and of products with what is packed."""
+    return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+
+
+def _dtype_of(parameter: nn.Parameter, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype once it is loaded: beside packed weights the library first makes float32 biases."""
+    return parameter.dtype if parameter.requires_grad else dtype
 
 
 def _put_packed(module: nn.Module, dtype: torch.dtype) -> None:

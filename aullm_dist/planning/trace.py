@@ -10,7 +10,8 @@ when: they come from hooks and autograd functions in the same places.
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -57,7 +58,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """Records of one micro-batch, every layer included, and the name of the list of layers."""
+    """Records of one micro-batch, every layer included."""
 
     records: tuple[Record, ...]
 
@@ -109,12 +110,41 @@ def trace(
         divided: linear layers as DeepSpeed's ZeRO-3 computes them.
     """
     chosen, kinds = _chosen_layers(llm)
-    small = copy.deepcopy(llm)
-    small.num_hidden_layers = len(chosen)
-    if getattr(small, "layer_types", None):
-        small.layer_types = [kinds[layer] for layer in chosen]
-    network = build(config, small, prompt)
-    layers = _layers_name(network)
+
+    def run(layers: list[int]) -> tuple[list[Record], str]:
+        small = copy.deepcopy(llm)
+        small.num_hidden_layers = len(layers)
+        if getattr(small, "layer_types", None):
+            small.layer_types = [kinds[layer] for layer in layers]
+        return _run(config, small, prompt, counts, training, keep_gradients, divided)
+
+    records, name = run(chosen)
+    passes = _Spans(records, name, len(chosen))
+    # What happens outside the layers may grow with their number: casts of LoRA weights, say, are freed all at once.
+    growth: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for kind, missing in _missing(chosen, kinds).items():
+        twin = next(layer for layer in chosen if 0 < layer < len(kinds) - 1 and kinds[layer] == kind)
+        more, _ = run(sorted([*chosen, twin]))
+        longer = _Spans(more, name, len(chosen) + 1)
+        for i, (one, other) in enumerate(zip(passes.outside, longer.outside, strict=True)):
+            by_peak, by_change = growth[i]
+            by_peak += missing * (other.peak - one.peak)
+            growth[i] = by_peak, by_change + missing * (other.change - one.change)
+    return Passes(tuple(passes.all_layers(chosen, kinds, growth)))
+
+
+def _run(
+    config: Config,
+    llm: PretrainedConfig,
+    prompt: Prompt,
+    counts: Counts,
+    training: bool,
+    keep_gradients: bool,
+    divided: bool,
+) -> tuple[list[Record], str]:
+    """Return the records of an LLM as it is, and the name of its list of layers."""
+    # The head is never called: whether it is there makes no difference to what passes allocate.
+    network = build(config, llm, prompt, in_pieces=True)
     with valueless(network, config):
         linear = _linear_of_zero3 if divided else nn.functional.linear
         with _Recorder() as recorder, _replaced(nn.functional, "linear", linear):
@@ -130,8 +160,7 @@ def trace(
                 if training:
                     sum(part.sum() for part in output if part is not None).backward()
             del output
-            records = recorder.records()
-    return Passes(tuple(_all_layers(records, layers, chosen, kinds)))
+            return recorder.records(), _layers_name(network)
 
 
 def _chosen_layers(llm: PretrainedConfig) -> tuple[list[int], list[str]]:
@@ -147,29 +176,54 @@ def _layers_name(network: AULLM) -> str:
     return next(name for name, module in network.named_modules() if module is decoder.layers)
 
 
-def _all_layers(
-    records: Sequence[Record], layers: str, chosen: list[int], kinds: list[str]
-) -> Iterator[Record]:
-    """Yield the records as if every layer had run."""
-    count = len(kinds)
-    spans = {forward: _spans(records, layers, len(chosen), forward) for forward in (True, False)}
-    after = 0
-    for forward, order in ((True, range(count)), (False, reversed(range(count)))):
-        found = spans[forward]
-        if not found:
-            continue
-        yield from records[after : min(first for first, _ in found.values())]
-        for layer in order:
-            stands = _stand_in(layer, chosen, kinds)
-            first, last = found[stands]
-            here, there = f"{layers}.{stands}", f"{layers}.{layer}"
-            for record in records[first:last]:
-                name = record.module
-                if name == here or name.startswith(f"{here}."):
-                    name = there + name.removeprefix(here)
-                yield replace(record, module=name)
-        after = max(last for _, last in found.values())
-    yield from records[after:]
+def _missing(chosen: list[int], kinds: list[str]) -> dict[str, int]:
+    """Return how many layers of each kind others stand for."""
+    missing = Counter(kinds)
+    missing.subtract(kinds[layer] for layer in chosen)
+    return {kind: count for kind, count in missing.items() if count}
+
+
+class _Spans:
+    """Records cut into those of the layers' passes and what lies before, between and behind them."""
+
+    def __init__(self, records: Sequence[Record], layers: str, count: int) -> None:
+        self._layers = layers
+        self.inside: dict[tuple[bool, int], Sequence[Record]] = {}
+        self.outside: list[Record] = []
+        self._order: list[Record | bool] = []
+        after = 0
+        for forward in (True, False):
+            spans = {layer: _span(records, f"{layers}.{layer}", forward) for layer in range(count)}
+            spans = {layer: span for layer, span in spans.items() if span is not None}
+            if not spans:
+                continue
+            first = min(start for start, _ in spans.values())
+            self._order += [*records[after:first], forward]
+            self.outside += records[after:first]
+            self.inside |= {(forward, layer): records[start:end] for layer, (start, end) in spans.items()}
+            after = max(end for _, end in spans.values())
+        self._order += records[after:]
+        self.outside += records[after:]
+
+    def all_layers(
+        self, chosen: list[int], kinds: list[str], growth: Mapping[int, tuple[int, int]]
+    ) -> Iterator[Record]:
+        """Yield the records as if every layer had run; `growth` is added to peak and change of those outside."""
+        position = 0
+        for item in self._order:
+            if isinstance(item, Record):
+                peak, change = growth[position]
+                yield replace(item, peak=item.peak + peak, change=item.change + change)
+                position += 1
+                continue
+            for layer in range(len(kinds)) if item else reversed(range(len(kinds))):
+                stands = _stand_in(layer, chosen, kinds)
+                here, there = f"{self._layers}.{stands}", f"{self._layers}.{layer}"
+                for record in self.inside[item, stands]:
+                    name = record.module
+                    if name == here or name.startswith(f"{here}."):
+                        name = there + name.removeprefix(here)
+                    yield replace(record, module=name)
 
 
 def _stand_in(layer: int, chosen: list[int], kinds: list[str]) -> int:
@@ -179,17 +233,10 @@ def _stand_in(layer: int, chosen: list[int], kinds: list[str]) -> int:
     return next(i for i, ran in enumerate(chosen) if 0 < ran < len(kinds) - 1 and kinds[ran] == kinds[layer])
 
 
-def _spans(records: Sequence[Record], layers: str, count: int, forward: bool) -> dict[int, tuple[int, int]]:
-    """Return for each layer its first record and the one behind its last, in the forward or the backward pass."""
-    spans = {}
-    for layer in range(count):
-        name = f"{layers}.{layer}"
-        own = [
-            i for i, r in enumerate(records) if r.module == name and r.forward == forward and not r.anew
-        ]
-        if own:
-            spans[layer] = (own[0], own[-1] + 1)
-    return spans
+def _span(records: Sequence[Record], layer: str, forward: bool) -> tuple[int, int] | None:
+    """Return the first record of a layer's forward or backward pass, and the one behind its last."""
+    own = [i for i, r in enumerate(records) if r.module == layer and r.forward == forward and not r.anew]
+    return (own[0], own[-1] + 1) if own else None
 
 
 class _Recorder(TorchDispatchMode):

@@ -13,6 +13,7 @@ from aullm_dist.data.protocols import FoldPlan, au_vocabulary, make_folds, selec
 from aullm_dist.errors import UserError
 from aullm_dist.facs import AU_NAMES
 from aullm_dist.log import get_logger
+from aullm_dist.model.architecture import check_architecture
 from aullm_dist.model.aullm import AULLM
 from aullm_dist.model.relations import training_statistics
 from aullm_dist.training import engine, engine_state, workspace
@@ -49,6 +50,7 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
         chosen = (together(accelerator, lambda: select_fold(plan.folds, config.data.fold)),)
     _report_data(store, plan)
     llm_path = on_main(accelerator, lambda: workspace.backbone_of(config))
+    on_main(accelerator, lambda: check_architecture(config.model, llm_path))
     sharding = engine.resolved(config.training, accelerator.num_processes)
     placement = placement_of(accelerator, sharding)
     # Not in `together`: the processes talk while they load, and agree there on what each finds in its files.

@@ -13,7 +13,7 @@ from aullm_dist.errors import UserError
 from aullm_dist.model import packing, prefix_attention
 from aullm_dist.model.llm import (
     ACTIVATION_CHECKPOINTING,
-    _checkpoint_activations,
+    checkpoint_activations,
     embedding_rms,
     load_backbone,
     mean_embeddings,
@@ -86,7 +86,7 @@ def test_packed_equals_padded(folders, expected, name, attention, quantization):
     # One model for all kinds of checkpointing: loading takes longer than a step.
     for checkpointing in ACTIVATION_CHECKPOINTING:
         if checkpointing != "none":
-            _checkpoint_activations(reasoner.llm.get_base_model(), reentrant=checkpointing == "reentrant")
+            checkpoint_activations(reasoner.llm.get_base_model(), reentrant=checkpointing == "reentrant")
         reasoner.zero_grad()
         found = deviations(answer(reasoner), expected[name, quantization])
         assert max(found.values()) <= 2e-5, (checkpointing, found)
