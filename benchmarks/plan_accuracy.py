@@ -209,7 +209,8 @@ def launch(run_file: Path, folder: Path, timeout: int) -> list[dict[str, Any]]:
             subprocess.run(command, env=variables, timeout=timeout, check=True, stdout=log, stderr=log)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             log.seek(0)
-            sys.exit(f"{run_file}: failed ({type(error).__name__})\n" + "".join(log.readlines()[-30:]))
+            said = [line for line in log.read().splitlines() if line.startswith("[rank") or "Error: " in line]
+            sys.exit(f"{run_file}: failed ({type(error).__name__})\n" + "\n".join(said[-12:]))
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(RANKS)]
 
 

@@ -112,7 +112,6 @@ class Engine:
                 own += [Term("gradients and copy on their way: 2T/N", 2 * part, True)]
                 own += [Term("one gradient on its way", largest), Term("one gradient on its way", largest, True)]
             return [*own, moments, first]
-        persistent = sum(w.nbytes for w in weights if w.trainable and w.numel <= self.limits.persistent)
         bucket = FLOAT32 * self.bucket
         own = [
             Term("trained parameters: T/N", part, self.offload_param),
@@ -122,7 +121,6 @@ class Engine:
         ]
         if host:
             own.append(Term("gradients of the optimizer: T/N", part, True))
-        assert persistent >= 0
         return [*own, moments, first]
 
     def at_end_of_backward(self, weights: Sequence[Weight]) -> list[Term]:

@@ -35,7 +35,6 @@ class Gathered:
         in_transit: of these, bytes in which they travel.
         messages: bytes of this process's shares that it sends to all others, as DeepSpeed's logger counts them.
         gathers: number of those messages.
-        left: bytes of whole parameters behind the passes: what DeepSpeed expects to be used again stays.
     """
 
     peak: int
@@ -44,7 +43,6 @@ class Gathered:
     in_transit: int
     messages: int
     gathers: int
-    left: int
 
 
 class _Transfer:
@@ -87,7 +85,7 @@ class Gatherer:
         self._begin()
         self._messages = self._gathers = 0
         seen: list[str] = []
-        level, best = 0, Gathered(0, 0, 0, 0, 0, 0, 0)
+        level, best = 0, Gathered(0, 0, 0, 0, 0, 0)
         for record in records:
             self._transient = 0
             if record.kind == "fetch":
@@ -99,15 +97,14 @@ class Gatherer:
             # What is sent travels while the module computes.
             transit = flats + self._transient
             if level + record.peak + whole + transit > best.peak:
-                best = Gathered(level + record.peak + whole + transit, level, whole, transit, 0, 0, 0)
+                best = Gathered(level + record.peak + whole + transit, level, whole, transit, 0, 0)
             level += record.change
         for module in list(self._backward):
             self._let_go(self._of[module], set(self._of[module]) - self.persistent, module)
         if self._order is None:
             self._order = seen
             self._uses = [(w, step) for step, name in enumerate(seen) for w in self._of[name]]
-        left = sum(self._held())
-        return replace(best, messages=self._messages, gathers=self._gathers, left=left)
+        return replace(best, messages=self._messages, gathers=self._gathers)
 
     def partition_all(self) -> None:
         """End an optimizer step: everything is divided again, and persistent parameters are gathered anew."""

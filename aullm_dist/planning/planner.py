@@ -134,15 +134,14 @@ def plan(
     weights = model.weights(in_pieces=cluster.gpus > 1 or engine.stage == 3)
     gatherer = _gatherer(engine, weights)
     step, sent, persistent = _step(model, engine, gatherer, weights)
-    evaluation, left = _evaluation(model, engine, gatherer, weights)
+    evaluation = _evaluation(model, engine, gatherer, weights)
     resting = (*engine.base(weights), *engine.trained(weights))
-    kept = (*resting, *([Term("parameters that evaluation leaves whole", left)] if left else []))
     phases = (
         Phase("load", tuple(load_terms(engine, weights, model.llm.hidden_size))),
         Phase("start", (*engine.base(weights), *engine.at_start(weights))),
         step,
         evaluation,
-        Phase("save", (*kept, *save_terms(engine, weights))),
+        Phase("save", (*resting, *save_terms(engine, weights))),
     )
     messages = engine.sends_per_step(weights, sent, persistent)
     network = network_of(engine, cluster, weights, messages)
@@ -258,22 +257,21 @@ def _activations(peak: int, saved: int) -> list[Term]:
     return [Term("activations that are kept", saved), Term("workspace of the layer at work", peak - saved)]
 
 
-def _evaluation(model: _Model, engine: Engine, gatherer: Gatherer | None, weights: list[Weight]) -> tuple[Phase, int]:
-    """Return the peak of answering held-out clips, and what stays whole behind it."""
+def _evaluation(model: _Model, engine: Engine, gatherer: Gatherer | None, weights: list[Weight]) -> Phase:
+    """Return the peak of answering held-out clips."""
     passes = model.passes(_EVALUATED.times(model.config.training.micro_batch), False, engine)
     resting = [*engine.base(weights), *engine.trained(weights)]
     if gatherer is None:
-        return Phase("evaluation", (*resting, Term("workspace of the layer at work", passes.peak))), 0
+        return Phase("evaluation", (*resting, Term("workspace of the layer at work", passes.peak)))
     # One pass for the answers, one without each soft token; what the first leaves whole the next finds.
     found = max((gatherer.passes(passes.records) for _ in range(3)), key=lambda result: result.peak)
-    left = gatherer.passes(passes.records).left
     gatherer.partition_all()
     terms = [
         Term("gathered parameters", found.parameters),
         Term("parameters on their way", found.in_transit),
         Term("workspace of the layer at work", found.peak - found.parameters - found.in_transit),
     ]
-    return Phase("evaluation", (*resting, *terms)), left
+    return Phase("evaluation", (*resting, *terms))
 
 
 def _sizes(model: _Model, weights: list[Weight], accumulation: int) -> dict[str, int]:
