@@ -8,7 +8,7 @@ What NF4 needs is in `model.quantization`, what several processes need to share 
 import functools
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from aullm_dist.errors import UserError
 from aullm_dist.log import is_main_process
@@ -388,6 +389,13 @@ def _hides_progress(source: str, is_local: bool) -> bool:
         return not is_main_process()
     size = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
     return size < _PROGRESS_BAR_FROM_BYTES or not is_main_process()
+
+
+def decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module of every decoder layer: what checkpointing computes anew, and ZeRO-3 gathers, as one."""
+    for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            yield name, module
 
 
 def checkpoint_activations(model: PreTrainedModel, *, reentrant: bool) -> None:

@@ -66,8 +66,10 @@ class Gatherer:
 
     def __init__(self, weights: Iterable[Weight], processes: int, limits: Limits, copies_on_receipt: bool) -> None:
         self._of: dict[str, list[Weight]] = defaultdict(list)
-        for weight in weights:
+        # As DeepSpeed has come to know them: the LLM while it was loaded, the rest when it was set up.
+        for weight in sorted(weights, key=lambda w: w.trainable):
             self._of[weight.owner].append(weight)
+        self._leaves = {owner for owner, own in self._of.items() if own[0].in_layer}
         self._processes, self._limits, self._copies = processes, limits, copies_on_receipt
         self.persistent = {w for own in self._of.values() for w in own if w.numel <= limits.persistent}
         self._order: list[str] | None = None
@@ -87,23 +89,24 @@ class Gatherer:
         seen: list[str] = []
         level, best = 0, Gathered(0, 0, 0, 0, 0, 0)
         for record in records:
-            self._transient = 0
+            self._at_once = self._behind = 0
             if record.kind == "fetch":
                 seen.append(record.module)
                 self._fetch(record)
             elif record.kind == "release":
                 self._release(record)
             whole, flats = self._held()
-            # What is sent travels while the module computes.
-            transit = flats + self._transient
-            if level + record.peak + whole + transit > best.peak:
-                best = Gathered(level + record.peak + whole + transit, level, whole, transit, 0, 0)
+            # What is needed at once arrives before the module computes; what is fetched ahead travels meanwhile.
+            for memory, transit in ((0, flats + self._at_once), (record.peak, flats + self._behind)):
+                if level + memory + whole + transit > best.peak:
+                    best = Gathered(level + memory + whole + transit, level, whole, transit, 0, 0)
             level += record.change
         for module in list(self._backward):
             self._let_go(self._of[module], set(self._of[module]) - self.persistent, module)
         if self._order is None:
             self._order = seen
             self._uses = [(w, step) for step, name in enumerate(seen) for w in self._of[name]]
+            self._inside = {name: self._below(name) for name in dict.fromkeys(seen)}
         return replace(best, messages=self._messages, gathers=self._gathers)
 
     def partition_all(self) -> None:
@@ -134,7 +137,7 @@ class Gatherer:
         if not record.forward:
             self._backward.setdefault(record.module, set())
         wanted = self._of[record.module]
-        self._gather([w for w in wanted if w not in self._available and w not in self._transfers])
+        self._at_once = self._gather([w for w in wanted if w not in self._available and w not in self._transfers])
         for weight in wanted:
             self._active[weight].add(record.module)
             if record.anew and self._backward and not weight.trainable:
@@ -169,18 +172,20 @@ class Gatherer:
                 ahead[weight] = None
                 size += weight.numel
         self._gather(list(ahead))
+        if self._copies:
+            self._behind = sum(map(self.share, ahead)) * self._processes
 
-    def _gather(self, weights: list[Weight]) -> None:
+    def _gather(self, weights: list[Weight]) -> int:
+        """Send for parameters; return bytes that are there twice at the moment when they arrive."""
         if not weights:
-            return
+            return 0
         self._counted += sum(w.numel for w in weights)
         by_dtype: dict[int, list[Weight]] = defaultdict(list)
         for weight in weights:
             by_dtype[weight.itemsize].append(weight)
-        received = 0
+        twice = 0
         for same in by_dtype.values():
             sent = sum(map(self.share, same))
-            received += sent * self._processes
             self._messages += sent
             self._gathers += 1
             # A parameter that travels alone is used where it arrived; several are copied out of what arrived.
@@ -188,8 +193,9 @@ class Gatherer:
             transfer = _Transfer(same, flat)
             transfer.arrived = len(weights) == 1
             self._transfers.update(dict.fromkeys(same, transfer))
-        if self._copies:
-            self._transient += received
+            # Alone: gloo's own copy. Several: where they arrived, behind which gloo has let go of its copy.
+            twice += flat or self._copies * sent * self._processes
+        return twice
 
     def _release(self, record: Record) -> None:
         module = record.module
@@ -197,7 +203,7 @@ class Gatherer:
         released = {w for w in own if w not in self.persistent}
         if self._order is not None:
             released = {w for w in released if self._last_use[w] <= self._step}
-            released -= self._soon()
+            released -= self._soon(module in self._leaves)
         members = list(own)
         if not record.forward:
             again = self._backward.pop(module, set())
@@ -205,16 +211,20 @@ class Gatherer:
             members += again
         self._let_go(members, released, module)
 
-    def _soon(self) -> set[Weight]:
-        """Return what is used again within the reuse distance."""
+    def _soon(self, leaf: bool) -> set[Weight]:
+        """Return what is used again within the reuse distance; behind a leaf DeepSpeed counts what modules contain."""
         passed, soon = 0, set()
         for name in self._order[self._step :]:
             if passed >= self._limits.reuse:
                 break
-            for weight in self._of[name]:
+            for weight in self._inside[name] if leaf else self._of[name]:
                 soon.add(weight)
                 passed += weight.numel
         return soon
+
+    def _below(self, module: str) -> list[Weight]:
+        inside = f"{module}." if module else ""
+        return [w for name, own in self._of.items() for w in own if name == module or name.startswith(inside)]
 
     def _let_go(self, members: Iterable[Weight], released: set[Weight], module: str) -> None:
         for weight in members:

@@ -18,6 +18,7 @@ from aullm_dist.errors import UserError
 from aullm_dist.model.architecture import config_of
 from aullm_dist.model.counterfactual import Counts, branching, mean_and_largest
 from aullm_dist.model.prompt import Prompt
+from aullm_dist.model.reasoner import tokens_computed
 from aullm_dist.planning.cluster import Cluster
 from aullm_dist.planning.costs import Network, Speed, network_of, speed_of
 from aullm_dist.planning.engines import Engine, Term
@@ -198,10 +199,9 @@ class _Model:
 
 
 def _tokens(config: Config, prompt: Prompt, branches: int) -> int:
-    from aullm_dist.model.reasoner import tokens_computed
-
     model = config.model
-    return tokens_computed(branches, prompt.prefix_tokens, prompt.suffix_tokens, model.packing, model.suffixes_per_row)
+    layout = (model.packing, model.suffixes_per_row, model.suffix_multiple)
+    return tokens_computed(branches, prompt.prefix_tokens, prompt.suffix_tokens, *layout)
 
 
 _TRACES: dict[tuple, Passes] = {}

@@ -17,7 +17,7 @@ from aullm_dist.config import Config
 from aullm_dist.model import prefix_attention
 from aullm_dist.model.assembly import assemble
 from aullm_dist.model.aullm import AULLM
-from aullm_dist.model.llm import Backbone, checkpoint_activations, choose_attention
+from aullm_dist.model.llm import Backbone, checkpoint_activations, choose_attention, decoder_layers
 from aullm_dist.model.lora import add_lora, lora_targets_of
 from aullm_dist.model.packing import decoder_of
 from aullm_dist.model.piecewise import model_without_storage, owners, refuse_special
@@ -32,7 +32,8 @@ class Weight:
 
     Attributes:
         name: in the model.
-        owner: name of the module that holds it.
+        owner: name of the module that ZeRO-3 gathers it with: a decoder layer, or the module that holds it.
+        in_layer: whether that is a decoder layer.
         numel: stored elements; a packed weight has four weights in one bfloat16 element.
         itemsize: bytes of an element.
         weights: weights that it stands for.
@@ -42,6 +43,7 @@ class Weight:
 
     name: str
     owner: str
+    in_layer: bool
     numel: int
     itemsize: int
     weights: int
@@ -117,21 +119,28 @@ def weights_of(network: nn.Module, config: Config) -> list[Weight]:
     """Return every parameter once, in the order of the forward pass."""
     dtype = compute_dtype(config)
     packing = nf4_config(dtype)
+    layer_of = {f"{layer}.{inner}".removesuffix("."): layer for layer, inner in _modules_of_layers(network)}
     found = []
     for name, attribute, module in owners(network):
         parameter = getattr(module, attribute)
         owner = name.rpartition(".")[0]
+        place = (layer_of.get(owner, owner), owner in layer_of)
         if is_packed(module, attribute):
             weights = module.out_features * module.in_features
             itemsize = packing.bnb_4bit_quant_storage.itemsize
             state = valueless_state(torch.Size((module.out_features, module.in_features)), torch.bfloat16, "meta")
             constants = sum(t.nbytes for t in (state.absmax, state.state2.absmax))
-            found.append(Weight(name, owner, -(-weights // (2 * itemsize)), itemsize, weights, constants, False))
+            found.append(Weight(name, *place, -(-weights // (2 * itemsize)), itemsize, weights, constants, False))
         else:
             itemsize = _dtype_of(parameter, dtype).itemsize
             numel = parameter.numel()
-            found.append(Weight(name, owner, numel, itemsize, numel, 0, parameter.requires_grad))
+            found.append(Weight(name, *place, numel, itemsize, numel, 0, parameter.requires_grad))
     return found
+
+
+def _modules_of_layers(network: nn.Module) -> Iterator[tuple[str, str]]:
+    for layer, module in decoder_layers(network):
+        yield from ((layer, inner) for inner, _ in module.named_modules())
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from transformers import PretrainedConfig
 from aullm_dist.config import Config
 from aullm_dist.model.aullm import AULLM
 from aullm_dist.model.counterfactual import Counts
+from aullm_dist.model.llm import decoder_layers
 from aullm_dist.model.packing import decoder_of
 from aullm_dist.model.prompt import Prompt
 from aullm_dist.model.quantization import BLOCK
@@ -150,7 +151,7 @@ def _run(
         with _Recorder() as recorder, _replaced(nn.functional, "linear", linear):
             recorder.ignore(network.parameters())
             recorder.ignore(network.buffers())
-            _watch(network, recorder, keep_gradients)
+            _watch(network, recorder, keep_gradients, divided)
             network.train(training)
             edges = network.graph.num_edges if network.graph is not None else 0
             sizes = (int(counts.views), int(counts.structures), int(counts.branches))
@@ -305,21 +306,28 @@ def _unpacked(args: Sequence[Any]) -> int:
     return weights * values.element_size() + 2 * 4 * -(-weights // BLOCK)
 
 
-def _watch(network: nn.Module, recorder: _Recorder, keep_gradients: bool) -> None:
+def _watch(network: nn.Module, recorder: _Recorder, keep_gradients: bool, divided: bool) -> None:
     """Mark every module's passes where DeepSpeed's hooks are, and let go of gradients if they are not kept."""
+    layers = dict(decoder_layers(network))
+    inside = {module for layer in layers.values() for module in layer.modules()} - set(layers.values())
     for name, module in network.named_modules():
-        _watch_module(name, module, recorder)
-    if not keep_gradients:
-        for parameter in network.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_let_go)
+        if module not in inside:
+            # ZeRO-3 takes the gradients of a layer when its backward pass has ended.
+            waiting = list(module.parameters()) if divided and name in layers else []
+            _watch_module(name, module, recorder, waiting)
+    if keep_gradients:
+        return
+    late = {p for layer in layers.values() for p in layer.parameters()} if divided else set()
+    for parameter in network.parameters():
+        if parameter.requires_grad and parameter not in late:
+            parameter.register_post_accumulate_grad_hook(_let_go)
 
 
 def _let_go(parameter: nn.Parameter) -> None:
     parameter.grad = None
 
 
-def _watch_module(name: str, module: nn.Module, recorder: _Recorder) -> None:
+def _watch_module(name: str, module: nn.Module, recorder: _Recorder, waiting: Sequence[nn.Parameter]) -> None:
     left = [0]
 
     class Behind(torch.autograd.Function):
@@ -335,6 +343,8 @@ def _watch_module(name: str, module: nn.Module, recorder: _Recorder) -> None:
             left[0] -= 1
             if left[0] == 0:
                 recorder.mark(Record("release", name, forward=False))
+                for parameter in waiting:
+                    _let_go(parameter)
             return gradient
 
     class Ahead(torch.autograd.Function):

@@ -17,10 +17,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from aullm_dist.config import Strategy, TrainingConfig, load_strategy
 from aullm_dist.errors import UserError
+from aullm_dist.model.llm import decoder_layers
 
 
 def deepspeed_plugin(strategy: Strategy, training: TrainingConfig, processes: int) -> DeepSpeedPlugin:
@@ -137,9 +137,8 @@ def _gather_by_layer(model: nn.Module) -> None:
     """
     from deepspeed.utils import set_z3_leaf_module
 
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            set_z3_leaf_module(module, True)
+    for _, layer in decoder_layers(model):
+        set_z3_leaf_module(layer, True)
 
 
 def settle(model: nn.Module) -> None:

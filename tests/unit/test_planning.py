@@ -182,7 +182,7 @@ def test_no_crossed_pairs_without_a_graph():
 
 def _line(names):
     """Return weights of three modules in a row, 100 elements of 2 bytes each, and the records of both passes."""
-    weights = [Weight(f"{name}.weight", name, 100, 2, 100, 0, False) for name in names]
+    weights = [Weight(f"{name}.weight", name, False, 100, 2, 100, 0, False) for name in names]
     forward = [r for n in names for r in (Record("fetch", n), Record("release", n))]
     backward = [
         r for n in reversed(names) for r in (Record("fetch", n, forward=False), Record("release", n, forward=False))
