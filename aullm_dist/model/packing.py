@@ -400,3 +400,8 @@ def _positions_and_segments(
     positions = torch.cat([prefix, suffix.repeat(num_suffixes)])
     numbers = torch.arange(num_suffixes, device=device).repeat_interleave(suffix_tokens)
     return positions, torch.cat([torch.full_like(prefix, -1), numbers])
+
+
+def forget_positions() -> None:
+    """Let go of kept positions: none without values may meet real tensors, nor real ones be taken for allocated."""
+    _positions_and_segments.cache_clear()

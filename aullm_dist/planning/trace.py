@@ -26,7 +26,7 @@ from aullm_dist.config import Config
 from aullm_dist.model.aullm import AULLM
 from aullm_dist.model.counterfactual import Counts
 from aullm_dist.model.llm import decoder_layers
-from aullm_dist.model.packing import decoder_of
+from aullm_dist.model.packing import decoder_of, forget_positions
 from aullm_dist.model.prompt import Prompt
 from aullm_dist.model.quantization import BLOCK
 from aullm_dist.planning.skeleton import batch_of, build, valueless
@@ -146,7 +146,9 @@ def _run(
     """Return the records of an LLM as it is, and the name of its list of layers."""
     # The head is never called: whether it is there makes no difference to what passes allocate.
     network = build(config, llm, prompt, in_pieces=True)
-    with valueless(network, config):
+    forget_positions()
+    with valueless(network, config), contextlib.ExitStack() as at_end:
+        at_end.callback(forget_positions)
         linear = _linear_of_zero3 if divided else nn.functional.linear
         with _Recorder() as recorder, _replaced(nn.functional, "linear", linear):
             recorder.ignore(network.parameters())
