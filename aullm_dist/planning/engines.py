@@ -144,19 +144,20 @@ class Engine:
         return terms
 
     def at_optimizer(self, weights: Sequence[Weight]) -> list[Term]:
-        """Return what AdamW takes beyond what stays."""
+        """Return what norm and update take beyond what stays; fused AdamW itself takes nothing."""
         total, part = self._sizes(weights)
-        largest = FLOAT32 * max(w.numel for w in weights if w.trainable)
+        # The norm is taken in float64, of one gradient after the other.
+        largest = 2 * FLOAT32 * max(w.numel for w in weights if w.trainable)
         if self.stage == 0:
-            # On a GPU AdamW is fused; on a CPU it goes through the parameters with two temporaries.
-            return [Term("gradients: T", total), *([Term("AdamW's temporaries", 2 * largest)] if self.cpu else [])]
-        flat = [Term("flat gradients: T/N", part, self.offload_optimizer)]
-        if self.cpu or self.offload_optimizer:
-            flat.append(Term("AdamW's temporaries: 2T/N", 2 * part, self.offload_optimizer))
-        if self.stage < 3:
-            held = total if self.stage == 1 else 0
-            flat += [Term("gradients that wait", held + part)] if not self.offload_optimizer else []
-        return flat
+            return [Term("gradients: T", total), Term("a gradient in float64, for its norm", largest)]
+        waiting = []
+        if self.stage < 3 and not self.offload_optimizer:
+            waiting = [Term("gradients that wait", (total if self.stage == 1 else 0) + part)]
+        if self.stage == 3:
+            largest = -(-largest // self.processes)
+        norm = Term("a gradient in float64, for its norm", largest, self.offload_optimizer)
+        flat = Term("flat gradients: T/N", part, self.offload_optimizer)
+        return [*waiting, max(norm, flat, key=lambda term: term.nbytes)]
 
     def during_passes(self, weights: Sequence[Weight]) -> list[Term]:
         """Return what is held while a micro-batch is computed that is not there between steps."""
