@@ -47,7 +47,9 @@ _RUN = {
     },
     # All interventions are drawn, so that every micro-batch is of one size.
     "counterfactual": {"branches": 3},
-    "training": {"epochs": 100, "max_steps": STEPS, "evaluate_every_epochs": 100, "cpu_threads": 1},
+    "training": {
+        "epochs": 100, "max_steps": STEPS, "evaluate_every_epochs": 100, "cpu_threads": 1, "check_memory": False,
+    },
     "monitor": {"tensorboard": False, "log_every_steps": 1},
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from aullm_dist.config import Config, load
 from aullm_dist.evaluation.metrics import summarise
-from aullm_dist.training import build, context, engine, fold, run, workspace
+from aullm_dist.training import build, context, engine, fold, run, step, workspace
 
 PERIOD_SECONDS = 0.005
 
@@ -86,12 +86,12 @@ class Traffic:
     def __init__(self) -> None:
         self.steps: list[dict[str, int]] = []
 
-    def counted(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `step` with its communication kept."""
+    def counted(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `work` with its communication kept."""
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             before = self._totals()
-            result = step(*args, **kwargs)
+            result = work(*args, **kwargs)
             after = self._totals()
             self.steps.append({name: total - before.get(name, 0) for name, total in after.items()})
             return result
@@ -117,8 +117,8 @@ def main(results: str, run_file: str, *overrides: str) -> None:
     sampler.start()
     run.build_model = marked(sampler, "load", "start", build.build_model)
     engine.prepare = marked(sampler, "start", "check", engine.prepare)
+    step.TrainStep.run = traffic.counted(marked(sampler, "step", "between", step.TrainStep.run))
     trainer = fold.FoldTrainer
-    trainer._step = traffic.counted(marked(sampler, "step", "between", trainer._step))
     trainer._evaluate = marked(sampler, "evaluation", "between", trainer._evaluate)
     trainer._save = marked(sampler, "save", "between", trainer._save)
     run.run(accelerator, config, "replace", summarise)

@@ -34,6 +34,8 @@ def overrides(dataset: Path, llm: Path | str, output: Path, **changes: object) -
         "training.global_batch": 4,
         "training.micro_batch": 4,
         "training.cpu_threads": 1,
+        # Planning takes seconds, and these backbones are of almost no size.
+        "training.check_memory": False,
         "training.evaluate_every_epochs": 1,
         "training.baseline": False,
         "monitor.log_every_steps": 1,

@@ -151,6 +151,8 @@ class TrainingConfig:
     """Processes the run must have; null accepts what the launcher started."""
     cpu_threads: int | None = None
     """Threads of one process on a CPU machine; null shares the cores among the processes of the machine."""
+    check_memory: bool = True
+    """Plan the run at its start, and refuse it where it needs more memory than is free."""
     precision: Literal["fp32", "bf16"] = "fp32"
     lr_lora: float = 3e-4
     lr_new: float = 1e-3

@@ -107,13 +107,19 @@ class Plan:
 
 
 def plan(
-    config: Config, cluster: Cluster, *, prefix_tokens: int | None = None, suffix_tokens: int | None = None
+    config: Config,
+    cluster: Cluster,
+    *,
+    llm: PretrainedConfig | None = None,
+    prefix_tokens: int | None = None,
+    suffix_tokens: int | None = None,
 ) -> Plan:
     """Plan a run. No weights are read, no GPU is used, nothing is downloaded.
 
     Args:
         config: the run's configuration.
         cluster: the machines; `training.processes` is set to its GPUs.
+        llm: config of the LLM where it is known already; None takes it from `model.llm` or `model.architecture`.
         prefix_tokens: tokens that all branches share; None counts or estimates them.
         suffix_tokens: tokens of one branch; None counts or estimates them.
 
@@ -131,7 +137,7 @@ def plan(
     accumulation = config.training.accumulation(cluster.gpus)
     engine = Engine.of(deepspeed, cluster.gpus, accumulation, cluster.cpu)
     planned = plan_prompt(config, prefix_tokens, suffix_tokens)
-    model = _Model(config, planned, config_of(config.model))
+    model = _Model(config, planned, llm or config_of(config.model))
     weights = model.weights(in_pieces=cluster.gpus > 1 or engine.stage == 3)
     gatherer = _gatherer(engine, weights)
     step, sent, persistent = _step(model, engine, gatherer, weights)

@@ -29,10 +29,10 @@ def shortfall(plan: Plan) -> str | None:
     if cluster.gpu_memory is not None and plan.gpu_bytes + cluster.reserve > cluster.gpu_memory:
         needed = plan.gpu_bytes + cluster.reserve
         what = "process" if cluster.cpu else "GPU"
+        reserve = f", and {gib(cluster.reserve)} of reserve" if cluster.reserve else ""
         parts.append(
-            f"each {what} needs {gib(needed)} ({gib(plan.gpu_bytes)} at its peak, in phase {plan.gpu_peak.name}, and "
-            f"{gib(cluster.reserve)} of reserve), {gib(needed - cluster.gpu_memory)} more than its "
-            f"{gib(cluster.gpu_memory)}"
+            f"each {what} needs {gib(needed)} ({gib(plan.gpu_bytes)} at its peak, in phase {plan.gpu_peak.name}"
+            f"{reserve}), {gib(needed - cluster.gpu_memory)} more than its {gib(cluster.gpu_memory)}"
         )
     if cluster.host_memory is not None and plan.host_bytes > cluster.host_memory:
         parts.append(

@@ -19,6 +19,7 @@ from aullm_dist.model.relations import training_statistics
 from aullm_dist.training import engine, engine_state, workspace
 from aullm_dist.training.build import BuiltModel, build_model
 from aullm_dist.training.context import on_main, together
+from aullm_dist.training.fitting import refuse_what_does_not_fit
 from aullm_dist.training.fold import FoldTrainer
 from aullm_dist.training.heldout import Score
 from aullm_dist.training.optimizer import build_optimizer
@@ -51,6 +52,7 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
     _report_data(store, plan)
     llm_path = on_main(accelerator, lambda: workspace.backbone_of(config))
     on_main(accelerator, lambda: check_architecture(config.model, llm_path))
+    refuse_what_does_not_fit(accelerator, config, plan.aus, llm_path)
     sharding = engine.resolved(config.training, accelerator.num_processes)
     placement = placement_of(accelerator, sharding)
     # Not in `together`: the processes talk while they load, and agree there on what each finds in its files.

@@ -33,6 +33,7 @@ _MAY_CHANGE = {
     "training.strategy",
     "training.micro_batch",
     "training.cpu_threads",
+    "training.check_memory",
     "training.keep_checkpoints",
     "training.save_every_steps",
     "data.workers",
