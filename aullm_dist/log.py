@@ -1,8 +1,10 @@
 """Logging for one process of many: below a warning, only the main process speaks."""
 
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import TextIO
 
 _ROOT = "aullm_dist"
@@ -34,6 +36,18 @@ def get_logger(name: str = _ROOT) -> logging.Logger:
 def all_loggers() -> list[logging.Logger]:
     """Return the loggers whose messages a user sees: ours and that of the kernels."""
     return [logging.getLogger(_ROOT), logging.getLogger(_KERNELS)]
+
+
+@contextlib.contextmanager
+def kernels_silent() -> Iterator[None]:
+    """Leave unsaid which implementation an op chooses: what is computed here without values is not the run."""
+    logger = logging.getLogger(_KERNELS)
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def set_up(level: int = logging.INFO) -> None:

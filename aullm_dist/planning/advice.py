@@ -41,7 +41,7 @@ class Advice:
     plan: Plan | None
 
 
-def advise(config: Config, cluster: Cluster, make_plan: Callable[[Config, Cluster], Plan] = plan) -> Advice:
+def advise(config: Config, cluster: Cluster, make_plan: Callable[..., Plan] = plan) -> Advice:
     """Find the nearest change that fits. Of all changes NF4 alone is one of what the run learns.
 
     The order of single changes: NF4, activation checkpointing, smaller micro-batches at the same global batch, `zero3`,
@@ -63,7 +63,7 @@ def advise(config: Config, cluster: Cluster, make_plan: Callable[[Config, Cluste
         if made is None:
             return None
         try:
-            planned = make_plan(*made)
+            planned = make_plan(*made, speed=False)
         except UserError:
             # Changes that do not go together, a batch that the processes cannot share for one.
             return None

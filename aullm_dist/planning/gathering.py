@@ -10,8 +10,8 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from aullm_dist.planning.recorder import Record
 from aullm_dist.planning.skeleton import Weight
-from aullm_dist.planning.trace import Record
 
 
 @dataclass(frozen=True, slots=True)

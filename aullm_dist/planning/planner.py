@@ -61,7 +61,7 @@ class Plan:
         sizes: weights of the LLM, of LoRA and of the other modules, tokens of the prompt, micro-batches, and so on.
         phases: memory.
         network: what is sent.
-        speed: arithmetic.
+        speed: arithmetic; None where only memory was asked for.
         assumptions: what the numbers rest on and nobody has checked.
     """
 
@@ -71,7 +71,7 @@ class Plan:
     sizes: dict[str, int]
     phases: tuple[Phase, ...]
     network: Network
-    speed: Speed
+    speed: Speed | None
     assumptions: tuple[str, ...]
 
     @property
@@ -113,6 +113,7 @@ def plan(
     llm: PretrainedConfig | None = None,
     prefix_tokens: int | None = None,
     suffix_tokens: int | None = None,
+    speed: bool = True,
 ) -> Plan:
     """Plan a run. No weights are read, no GPU is used, nothing is downloaded.
 
@@ -122,6 +123,7 @@ def plan(
         llm: config of the LLM where it is known already; None takes it from `model.llm` or `model.architecture`.
         prefix_tokens: tokens that all branches share; None counts or estimates them.
         suffix_tokens: tokens of one branch; None counts or estimates them.
+        speed: whether to count operations too, which takes another pass.
 
     Raises:
         UserError: the architecture is not known, or this model, batch or strategy cannot work, with the reason.
@@ -159,7 +161,7 @@ def plan(
         sizes=_sizes(model, weights, accumulation),
         phases=phases,
         network=network,
-        speed=model.speed(weights, cluster, accumulation, network),
+        speed=model.speed(weights, cluster, accumulation, network) if speed else None,
         assumptions=(planned.assumption, *_assumptions(cluster)),
     )
 

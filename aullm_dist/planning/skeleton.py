@@ -5,21 +5,23 @@ forward and backward passes run on `FakeTensor`s, which know the size of everyth
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig
 
 from aullm_dist.config import Config
-from aullm_dist.model import prefix_attention
 from aullm_dist.model.assembly import assemble
 from aullm_dist.model.aullm import AULLM
 from aullm_dist.model.llm import Backbone, checkpoint_activations, choose_attention, decoder_layers
 from aullm_dist.model.lora import add_lora, lora_targets_of
-from aullm_dist.model.packing import decoder_of
+from aullm_dist.model.packing import LIBRARY_NAMES, decoder_of
 from aullm_dist.model.piecewise import model_without_storage, owners, refuse_special
 from aullm_dist.model.prompt import Prompt
 from aullm_dist.model.quantization import is_packed, nf4_config, prepare, valueless_state
@@ -95,8 +97,9 @@ def build(config: Config, llm: PretrainedConfig, prompt: Prompt, in_pieces: bool
     """
     model = config.model
     dtype = compute_dtype(config)
-    attention, _ = choose_attention(llm, model.attention, model.packing)
-    options = {"attn_implementation": prefix_attention.NAME if attention == "prefix" else attention}
+    # Flex attention is compiled for the GPU it runs on; like prefix attention it keeps no scores.
+    attention, _ = choose_attention(llm, "prefix" if model.attention == "flex" else model.attention, model.packing)
+    options = {"attn_implementation": LIBRARY_NAMES.get(attention, attention)}
     packing = nf4_config(dtype) if model.quantization == "nf4" else None
     causal_lm = model_without_storage(llm, dtype, packing, options=options, keep_head=not in_pieces)
     if in_pieces:
@@ -105,14 +108,32 @@ def build(config: Config, llm: PretrainedConfig, prompt: Prompt, in_pieces: bool
     causal_lm.config.use_cache = False
     wanted = model.lora_targets[0] if model.lora_targets == ["all-linear"] else model.lora_targets
     targets = lora_targets_of(causal_lm, wanted)
-    wrapped = add_lora(causal_lm, targets, model.lora_rank, model.lora_alpha, model.lora_dropout, config.training.seed)
+    with _NoFirstValues():
+        wrapped = add_lora(
+            causal_lm, targets, model.lora_rank, model.lora_alpha, model.lora_dropout, config.training.seed
+        )
     if model.activation_checkpointing != "none":
         checkpoint_activations(causal_lm, reentrant=model.activation_checkpointing == "reentrant")
     width = decoder_of(causal_lm).config.hidden_size
     backbone = Backbone(model=wrapped, tokenizer=None, config=llm, hidden_size=width, quantized_modules=(), reasons={})
     relations = build_relations(prompt.aus) if model.structure else None
-    with torch.random.fork_rng(devices=[]):
+    # The implementation that runs without values.
+    config = dataclasses.replace(config, model=dataclasses.replace(model, kernels="torch"))
+    with torch.random.fork_rng(devices=[]), _NoFirstValues():
         return assemble(config, backbone, prompt, relations, scale=1.0, names=torch.ones(len(prompt.aus), width))
+
+
+class _NoFirstValues(TorchFunctionMode):
+    """Leaves parameters as they are allocated: those of a LoRA alone may be GBs, which nobody would look at."""
+
+    _DRAWN = frozenset((Tensor.uniform_, Tensor.normal_, Tensor.zero_, Tensor.fill_))
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in self._DRAWN and isinstance(args[0], nn.Parameter):
+            return args[0]
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def weights_of(network: nn.Module, config: Config) -> list[Weight]:

@@ -87,7 +87,7 @@ def _plan(
         cpu=on_cpu,
     )
     lengths = {"prefix_tokens": prompt.prefix_tokens, "suffix_tokens": prompt.suffix_tokens}
-    make = functools.partial(plan, llm=llm, **lengths)
+    make = functools.partial(plan, llm=llm, speed=False, **lengths)
     planned = make(config, cluster)
     logger.info(
         "Memory: planned at most %s of each %s, in phase %s",

@@ -63,7 +63,7 @@ def resolve(
         if requested == "auto":
             chosen = "torch" if obstacle else "triton"
             reason = obstacle or f"the fastest that can run on {_device_name(str(device))}"
-    if not torch.compiler.is_compiling() and (op, chosen) not in _logged:
+    if not torch.compiler.is_compiling() and _logger.isEnabledFor(logging.INFO) and (op, chosen) not in _logged:
         _logged.add((op, chosen))
         _logger.info("%s: implementation=%s reason=%s", op, chosen, reason)
     return chosen, reason
