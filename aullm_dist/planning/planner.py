@@ -24,7 +24,7 @@ from aullm_dist.planning.costs import Network, Speed, network_of, speed_of
 from aullm_dist.planning.engines import Engine, Term
 from aullm_dist.planning.gathering import Gatherer
 from aullm_dist.planning.loading import load_terms
-from aullm_dist.planning.prompts import PlannedPrompt, plan_prompt
+from aullm_dist.planning.prompts import plan_prompt
 from aullm_dist.planning.saving import save_terms
 from aullm_dist.planning.skeleton import Weight, build, weights_of
 from aullm_dist.planning.trace import Passes, trace
@@ -62,6 +62,7 @@ class Plan:
         phases: memory.
         network: what is sent.
         speed: arithmetic; None where only memory was asked for.
+        activations: bytes at most of the passes of a micro-batch, by `model.activation_checkpointing`; None likewise.
         assumptions: what the numbers rest on and nobody has checked.
     """
 
@@ -72,6 +73,7 @@ class Plan:
     phases: tuple[Phase, ...]
     network: Network
     speed: Speed | None
+    activations: dict[str, int] | None
     assumptions: tuple[str, ...]
 
     @property
@@ -123,7 +125,7 @@ def plan(
         llm: config of the LLM where it is known already; None takes it from `model.llm` or `model.architecture`.
         prefix_tokens: tokens that all branches share; None counts or estimates them.
         suffix_tokens: tokens of one branch; None counts or estimates them.
-        speed: whether to count operations too, which takes another pass.
+        speed: whether to tell operations and the other kind of checkpointing too, which takes two more traces.
 
     Raises:
         UserError: the architecture is not known, or this model, batch or strategy cannot work, with the reason.
@@ -139,7 +141,7 @@ def plan(
     accumulation = config.training.accumulation(cluster.gpus)
     engine = Engine.of(deepspeed, cluster.gpus, accumulation, cluster.cpu)
     planned = plan_prompt(config, prefix_tokens, suffix_tokens)
-    model = _Model(config, planned, llm or config_of(config.model))
+    model = _Model(config, planned.prompt, llm or config_of(config.model))
     weights = model.weights(in_pieces=cluster.gpus > 1 or engine.stage == 3)
     gatherer = _gatherer(engine, weights)
     step, sent, persistent = _step(model, engine, gatherer, weights)
@@ -162,6 +164,7 @@ def plan(
         phases=phases,
         network=network,
         speed=model.speed(weights, cluster, accumulation, network) if speed else None,
+        activations=_both_activations(model, engine) if speed else None,
         assumptions=(planned.assumption, *_assumptions(cluster)),
     )
 
@@ -176,8 +179,8 @@ def _gatherer(engine: Engine, weights: list[Weight]) -> Gatherer | None:
 class _Model:
     """The run's model, traced when it is asked for."""
 
-    def __init__(self, config: Config, planned: PlannedPrompt, llm: PretrainedConfig) -> None:
-        self.config, self.prompt, self.llm = config, planned.prompt, llm
+    def __init__(self, config: Config, prompt: Prompt, llm: PretrainedConfig) -> None:
+        self.config, self.prompt, self.llm = config, prompt, llm
         self.mean, self.most = mean_and_largest(*branching(config, has_graph=config.model.structure))
 
     def weights(self, in_pieces: bool) -> list[Weight]:
@@ -258,6 +261,17 @@ def _step(model: _Model, engine: Engine, gatherer: Gatherer | None, weights: lis
     ]
     worst = max(moments, key=lambda terms: sum(t.nbytes for t in terms if engine.cpu or not t.on_host))
     return Phase("step", (*resting, *worst)), sent, persistent
+
+
+def _both_activations(model: _Model, engine: Engine) -> dict[str, int]:
+    """Return the peak of a micro-batch's passes without parameters, as the run file has it and the other way."""
+    own = model.config.model.activation_checkpointing
+    peaks = {}
+    for kind in ("none", own if own != "none" else "non_reentrant"):
+        changed = dataclasses.replace(model.config.model, activation_checkpointing=kind)
+        other = _Model(dataclasses.replace(model.config, model=changed), model.prompt, model.llm)
+        peaks[kind] = other.passes(other.most.times(model.config.training.micro_batch), True, engine).peak
+    return peaks
 
 
 def _activations(peak: int, saved: int) -> list[Term]:

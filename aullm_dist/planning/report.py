@@ -56,7 +56,9 @@ def print_plan(console: Console, name: str, plan: Plan, advice: Advice | None) -
         plan: the plan.
         advice: what would fit, where the plan does not.
     """
-    console.print(Group(_headline(name, plan), _memory(plan), _terms(plan.gpu_peak, plan)))
+    step = next(phase for phase in plan.phases if phase.name == "step")
+    phases = [step] if plan.gpu_peak is step else [step, plan.gpu_peak]
+    console.print(Group(_headline(name, plan), _memory(plan), *(_terms(phase, plan) for phase in phases)))
     console.print(Group(_traffic(plan), _speed(plan)))
     for line in plan.assumptions:
         console.print(Text(f"assumed: {line}", style="dim"))
@@ -104,8 +106,13 @@ def _terms(phase: Phase, plan: Plan) -> Table:
             table.add_row(
                 term.name, gib(term.nbytes), *([] if plan.cluster.cpu else ["machine" if term.on_host else "GPU"])
             )
-    if phase.name != "load":
-        table.add_row("vocabulary logits (the head is not loaded)", "0", *([] if plan.cluster.cpu else [""]))
+    rest = [] if plan.cluster.cpu else [""]
+    if phase.name in ("step", "evaluation"):
+        table.add_row("vocabulary logits (the head is not loaded)", "0", *rest)
+    if phase.name == "step" and plan.activations is not None:
+        table.add_section()
+        for kind, nbytes in plan.activations.items():
+            table.add_row(f"passes at most, activation_checkpointing={kind}", gib(nbytes), *rest)
     return table
 
 
@@ -168,6 +175,7 @@ def as_dict(name: str, plan: Plan, advice: Advice | None = None) -> dict[str, An
         "phases": {phase.name: _phase(phase, cluster.cpu) for phase in plan.phases},
         "peak": {"phase": plan.gpu_peak.name, "bytes": plan.gpu_bytes, "machine_bytes": plan.host_bytes},
         "network": dataclasses.asdict(plan.network),
+        "activations": plan.activations,
         "speed": dataclasses.asdict(plan.speed),
         "assumptions": list(plan.assumptions),
         "fits": plan.fits,

@@ -91,6 +91,21 @@ def test_a_mistake_ends_both_processes_with_one_line(tiny_dataset, tiny_llm, tmp
     assert not (run / "config.yaml").exists()
 
 
+def test_a_backbone_that_does_not_fit_is_refused_before_its_files_are_read(tiny_dataset, tiny_llm, tmp_path):
+    """Its config.json describes terabytes of float32, and there are no weights at all."""
+    llm = tmp_path / "llm"
+    shutil.copytree(tiny_llm, llm, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((llm / "config.json").read_text())
+    config |= {"hidden_size": 2**16, "intermediate_size": 2**18, "head_dim": 2**14}
+    (llm / "config.json").write_text(json.dumps(config))
+    settings = short(tiny_dataset, llm, tmp_path / "run", training__strategy="zero3", training__check_memory=True)
+    result = launch(*settings, processes=2)
+    (error,) = re.findall(r"^train\.py: error: .*$", result.stderr, re.MULTILINE)
+    assert "the run does not fit: each process needs" in error
+    assert "Traceback (most recent call last)" not in result.stderr.split("ChildFailedError")[0]
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_a_damaged_backbone_is_named_before_anything_is_allocated(tiny_dataset, tiny_llm, tmp_path):
     llm = tmp_path / "llm"
     shutil.copytree(tiny_llm, llm)
