@@ -102,7 +102,8 @@ def test_a_backbone_that_does_not_fit_is_refused_before_its_files_are_read(tiny_
     result = launch(*settings, processes=2)
     (error,) = re.findall(r"^train\.py: error: .*$", result.stderr, re.MULTILINE)
     assert "the run does not fit: each process needs" in error
-    assert "Traceback (most recent call last)" not in result.stderr.split("ChildFailedError")[0]
+    # The launcher has a traceback of its own; none of ours crashed.
+    assert "aullm_dist/training" not in result.stderr
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 

@@ -22,7 +22,8 @@ def llm(tmp_path_factory):
 
 
 def _config(llm, *settings):
-    return load(None, [f"model.llm={llm}", "training.micro_batch=1", "training.global_batch=8", *settings])
+    few = ["model.structure=false", "model.readout=last", "model.lora_targets=[q_proj]"]
+    return load(None, [f"model.llm={llm}", "training.micro_batch=1", "training.global_batch=1", *few, *settings])
 
 
 def _refuse(llm, monkeypatch, gpu, host, *settings):
@@ -87,7 +88,8 @@ def test_a_limit_of_a_control_group_counts(tmp_path, monkeypatch):
 def test_the_trainer_refuses_before_it_has_a_run_folder(llm, tiny_dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fitting, "free_machine_memory", lambda: 4 * MIB)
     output = tmp_path / "run"
-    assert train_here(*overrides(tiny_dataset, llm, output, training__check_memory=True)) == 2
+    settings = overrides(tiny_dataset, llm, output, training__check_memory=True, model__structure=False)
+    assert train_here(*settings) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert "does not fit" in error[-1]
     assert sum("does not fit" in line for line in error) == 1
