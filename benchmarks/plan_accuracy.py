@@ -4,40 +4,38 @@
 
 Each case is a random LLM of some size, a strategy and a micro-batch. Two processes train it with the real trainer,
 which `accelerate launch` starts. Memory is RssAnon + RssShmem of each process, sampled every 5 ms, above what it held
-after it had trained a backbone of almost no size the same way. Exits with 1 if the peak of a run is off by more than
-10 %, or the communication of a step by more than 2 % of what DeepSpeed's logger counts.
+after it had trained a backbone of almost no size the same way. On a machine with GPUs, of which two are used at most,
+it is `torch.cuda.max_memory_allocated` instead. Exits with 1 if the peak of a run is off by more than 10 %, or the
+communication of a step by more than 2 % of what DeepSpeed's logger counts.
 """
 
 import argparse
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from common import MIB, ROOT, commit, cores, cpu_name, gpu_names, launch_line, versions, write_json
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from aullm_dist.config import load
-from aullm_dist.files import write_text
 from aullm_dist.model.tiny import build_tiny_backbone
 from aullm_dist.planning.cluster import Cluster
 from aullm_dist.planning.planner import PHASES, Plan, plan
 
-ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("plan_accuracy_worker.py")
-RANKS, STEPS = 2, 3
+GPUS = torch.cuda.device_count()
+RANKS, STEPS = min(2, GPUS) or 2, 3
 MEMORY_LIMIT, TRAFFIC_LIMIT = 0.10, 0.02
-MIB = 2**20
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes")
 _RUN = {
     "model": {"dropout": 0.0},
@@ -138,11 +136,12 @@ def main() -> int:
     misses = [line for name, row in rows.items() for line in missed(name, row)]
     report = {
         "benchmark": "plan_accuracy", "command": shlex.join(["python", *sys.argv]), "ranks": RANKS,
-        "date": datetime.now(UTC).date().isoformat(), "rows": rows, "missed": misses, "machine": machine(),
+        "date": datetime.now(UTC).date().isoformat(), "rows": rows, "missed": misses,
+        "cpu": cpu_name(), "gpus": gpu_names(), "cores": cores(), "versions": versions(PACKAGES), "commit": commit(),
     }  # fmt: skip
     print("\n".join([headline(report), "", *table(rows), "", *traffic_table(rows)]))
     if options.json:
-        write_text(options.json, json.dumps(report, indent=1) + "\n")
+        write_json(options.json, report)
     for line in misses:
         print(f"MISSED {line}", file=sys.stderr)
     return int(bool(misses))
@@ -155,16 +154,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="where the temporary folders go")
     parser.add_argument("--timeout", type=int, default=1800, metavar="SECONDS", help="longest time of one run")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    options = parser.parse_args()
-    if torch.cuda.is_available():
-        parser.error("this machine has a GPU; the benchmark measures the memory of processes on CPU: hide it")
-    return options
+    return parser.parse_args()
 
 
 def compare(case: Case, folder: Path, timeout: int) -> dict[str, Any]:
     """Return predicted and observed numbers of a case."""
     run_file = write_case(case, folder)
-    predicted = plan(load(run_file), Cluster(gpus=RANKS, cpu=True))
+    predicted = plan(load(run_file), Cluster(gpus=RANKS, cpu=not GPUS))
     write_base(case.architecture, folder / "base")
     observed = launch(run_file, folder, timeout)
     return {
@@ -213,14 +209,7 @@ def write_base(architecture: Mapping[str, Any], folder: Path) -> None:
 
 def launch(run_file: Path, folder: Path, timeout: int) -> list[dict[str, Any]]:
     """Train and return what each process observed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--multi_gpu", "--num_machines=1",
-        f"--num_processes={RANKS}", f"--main_process_port={port}", "--mixed_precision=no", "--dynamo_backend=no",
-        str(WORKER), str(folder), str(run_file),
-    ]  # fmt: skip
+    command = [*launch_line(RANKS), str(WORKER), str(folder), str(run_file)]
     # glibc's threshold grows with what is freed, and freed layers then stay with the process.
     variables = {
         **os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
@@ -238,7 +227,7 @@ def launch(run_file: Path, folder: Path, timeout: int) -> list[dict[str, Any]]:
 
 def phases(predicted: Plan, observed: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """Return predicted and observed bytes of each phase, and of the whole run."""
-    found = {phase.name: phase.both for phase in predicted.phases}
+    found = {phase.name: phase.total(False) if GPUS else phase.both for phase in predicted.phases}
     seen = {name: max(row["peaks"].get(name, 0) for row in observed) for name in PHASES}
     whole = max(peak for row in observed for peak in row["peaks"].values())
     pairs = {name: {"predicted": found[name], "observed": seen[name]} for name in PHASES}
@@ -269,11 +258,10 @@ def missed(name: str, row: dict[str, Any]) -> list[str]:
 
 def headline(report: dict[str, Any]) -> str:
     """Return where and with what was measured."""
-    made = report["machine"]
-    versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+    packages = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     return (
-        f"{RANKS} processes; {made['cpu']}, {made['cores']} cores, Python {sys.version.split()[0]}, {versions}, "
-        f"commit {made['commit']}"
+        f"{RANKS} processes; {', '.join([report['cpu'], *report['gpus']])}, {report['cores']} cores, "
+        f"Python {sys.version.split()[0]}, {packages}, commit {report['commit']}"
     )
 
 
@@ -298,20 +286,6 @@ def traffic_table(rows: dict[str, dict[str, Any]]) -> list[str]:
         if pair is not None:
             lines.append(f"| {name} | {pair['predicted']} | {pair['observed']} | {100 * off(pair):+.3f} % |")
     return lines
-
-
-def machine() -> dict[str, object]:
-    """Return where and with what the numbers are measured."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": names[0].partition(":")[2].strip() if names else "unknown CPU",
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {name: version(name) for name in PACKAGES},
-        "commit": commit.stdout.strip() or "unknown",
-    }
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from aullm_dist.config import Config, load
@@ -24,7 +25,7 @@ class Sampler(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.phase = "load"
+        self.phase = "before"
         self.peaks: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -35,9 +36,9 @@ class Sampler(threading.Thread):
             time.sleep(PERIOD_SECONDS)
 
     def sample(self) -> int:
-        """Return bytes of anonymous and shared memory, and count them for the present phase."""
-        now = memory()
+        """Return the process's bytes, and count them for the present phase."""
         with self._lock:
+            now = memory()
             self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), now)
         return now
 
@@ -46,11 +47,15 @@ class Sampler(threading.Thread):
         self.sample()
         with self._lock:
             self.phase = phase
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
         self.sample()
 
 
 def memory() -> int:
-    """Return bytes of RssAnon + RssShmem of this process."""
+    """Return bytes of RssAnon + RssShmem of this process; on a GPU what its tensors took at most in this phase."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     lines = Path("/proc/self/status").read_text().splitlines()
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Rss")}
     return (kib["RssAnon"] + kib["RssShmem"]) * 1024
@@ -113,7 +118,10 @@ def main(results: str, run_file: str, *overrides: str) -> None:
     warm_up(accelerator, config)
     accelerator.wait_for_everyone()
     sampler, traffic = Sampler(), Traffic()
-    baseline = sampler.sample()
+    sampler.enter("load")
+    baseline = sampler.peaks["load"]
+    # What the warm-up took at most is nobody's phase.
+    del sampler.peaks["before"]
     sampler.start()
     run.build_model = marked(sampler, "load", "start", build.build_model)
     engine.prepare = marked(sampler, "start", "check", engine.prepare)

@@ -8,11 +8,12 @@ Nothing is measured and no GPU is needed: each row is a plan, with the assumptio
 import dataclasses
 import sys
 
+from common import GIB, markdown_table
+
 from aullm_dist.config import Config, find_config, load
 from aullm_dist.planning.cluster import Cluster
 from aullm_dist.planning.planner import Plan, plan
 
-GIB = 2**30
 PER_NODE = 8
 RUNS = ("mistral_7b", "llama31_8b", "qwen3_8b", "qwen3_32b", "llama31_70b", "qwen25_72b")
 SCALED = (("llama31_8b", "ddp"), ("llama31_70b", "zero3"), ("llama31_70b", "zero3_hpz"))
@@ -29,34 +30,32 @@ def main() -> int:
 
 def runs_table() -> list[str]:
     """Return each run file's plan on the GPUs that it is meant for, 80 GiB each."""
-    lines = [
-        "| run file | GPUs | strategy | peak of a GPU, GiB | in phase | machine memory, GiB | received in a step, GiB "
-        "| floor, TFLOP | clips/s at most | clips/s assumed | fits 80 GiB |",
-        "|---|---:|---|---:|---|---:|---:|---:|---:|---:|---|",
-    ]
+    head = (
+        "run file", "GPUs", "strategy", "peak of a GPU, GiB", "in phase", "machine memory, GiB",
+        "received in a step, GiB", "floor, TFLOP", "clips/s at most", "clips/s assumed", "fits 80 GiB",
+    )  # fmt: skip
+    rows = []
     for name in RUNS:
         config = load(find_config(name), [])
         gpus = config.training.processes or 1
         made = plan(config, Cluster(gpus=gpus, nodes=-(-gpus // PER_NODE), gpu_memory=80 * GIB))
-        cells = [
+        row = [
             f"`{name}`", f"{gpus}", config.training.strategy, f"{made.gpu_bytes / GIB:.1f}", made.gpu_peak.name,
             f"{made.host_bytes / GIB:.1f}", f"{made.network.received / GIB:.2f}",
             f"{made.speed.floor_flops / 1e12:.0f}", f"{made.speed.clips_per_second_at_most:.0f}",
             f"{made.speed.clips_per_second:.0f}", "yes" if made.fits else "no",
         ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        rows.append(row)
+    return markdown_table(head, rows)
 
 
 def scaling_table(name: str, strategy: str) -> list[str]:
     """Return plans of more and more GPUs, as many clips for each of them, and what takes most of a step."""
-    lines = [
-        f"`{name}`, `{strategy}`",
-        "",
-        "| GPUs | clips of a step | peak of a GPU, GiB | computing, s | sending within, s | between machines, s "
-        "| clips/s | of 8 GPUs' rate | longest |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|---|",
-    ]
+    head = (
+        "GPUs", "clips of a step", "peak of a GPU, GiB", "computing, s", "sending within, s", "between machines, s",
+        "clips/s", "of 8 GPUs' rate", "longest",
+    )  # fmt: skip
+    rows = []
     base = None
     for gpus in GPUS:
         config = _scaled(load(find_config(name), []), strategy, gpus)
@@ -69,8 +68,8 @@ def scaling_table(name: str, strategy: str) -> list[str]:
             *(f"{seconds:.3f}" for seconds in times.values()), f"{rate:.0f}", f"{rate / gpus / base:.0%}",
             max(times, key=times.get),
         ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        rows.append(cells)
+    return [f"`{name}`, `{strategy}`", "", *markdown_table(head, rows)]
 
 
 def step_seconds(made: Plan) -> dict[str, float]:
