@@ -45,9 +45,10 @@ class Cluster:
             )
         for name in ("interconnect", "link", "gpu_flops"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"{name} is {getattr(self, name)}; allowed: a finite number above 0")
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} is {getattr(self, name)}; allowed: a finite number above 0")
         if not 0 < self.efficiency <= 1:
-            raise UserError(f"efficiency is {self.efficiency}; allowed: a share above 0, at most 1")
+            raise UserError(f"--efficiency is {self.efficiency}; allowed: a share above 0, at most 1")
 
     @property
     def per_node(self) -> int:

@@ -12,7 +12,9 @@ DOES_NOT_FIT = 1
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `plan`."""
     parser.add_argument("config", metavar="CONFIG", help="run file, or the name of a shipped one")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the run file")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that override the run file"
+    )
     add = parser.add_argument
     add("--gpus", type=int, metavar="N", help="processes, one per GPU (training.processes, else 1)")
     add("--nodes", type=int, default=1, metavar="M", help="machines that they are on (1)")
