@@ -8,7 +8,7 @@ What NF4 needs is in `model.quantization`, what several processes need to share 
 import functools
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +24,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from aullm_dist.errors import UserError
 from aullm_dist.log import is_main_process
 from aullm_dist.model.compiled import COMPILATIONS, compile_blocks
+from aullm_dist.model.layers import checkpoint_activations
 from aullm_dist.model.lora import ALL_LINEAR, add_lora, lora_targets_of
 from aullm_dist.model.packing import (
     ATTENTIONS,
@@ -389,21 +389,6 @@ def _hides_progress(source: str, is_local: bool) -> bool:
         return not is_main_process()
     size = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
     return size < _PROGRESS_BAR_FROM_BYTES or not is_main_process()
-
-
-def decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield name and module of every decoder layer: what checkpointing computes anew, and ZeRO-3 gathers, as one."""
-    for name, module in model.named_modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            yield name, module
-
-
-def checkpoint_activations(model: PreTrainedModel, *, reentrant: bool) -> None:
-    """Let every decoder layer be computed anew in the backward pass."""
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    # The reentrant kind needs inputs that require grad: the soft tokens bring that, so words need not, frozen as they
-    # are. The hook would cost a gradient of every word.
-    model.disable_input_require_grads()
 
 
 def _millions(parameters: Iterable[nn.Parameter]) -> str:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from aullm_dist.model.llm import decoder_layers
+from aullm_dist.model.layers import decoder_layers
 from aullm_dist.model.quantization import BLOCK
 
 Kind = Literal["begin", "fetch", "release", "middle"]

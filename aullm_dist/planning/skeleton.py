@@ -19,7 +19,8 @@ from transformers import PretrainedConfig
 from aullm_dist.config import Config
 from aullm_dist.model.assembly import assemble
 from aullm_dist.model.aullm import AULLM
-from aullm_dist.model.llm import Backbone, checkpoint_activations, choose_attention, decoder_layers
+from aullm_dist.model.layers import checkpoint_activations, decoder_layers
+from aullm_dist.model.llm import Backbone, choose_attention
 from aullm_dist.model.lora import add_lora, lora_targets_of
 from aullm_dist.model.packing import LIBRARY_NAMES, decoder_of
 from aullm_dist.model.piecewise import model_without_storage, owners, refuse_special

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from aullm_dist.config import Strategy, TrainingConfig, load_strategy
 from aullm_dist.errors import UserError
-from aullm_dist.model.llm import decoder_layers
+from aullm_dist.model.layers import decoder_layers
 
 
 def deepspeed_plugin(strategy: Strategy, training: TrainingConfig, processes: int) -> DeepSpeedPlugin:
