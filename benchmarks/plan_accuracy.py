@@ -122,6 +122,26 @@ CASES = {
         strategy="zero3",
         training={"precision": "bf16", "micro_batch": 3, "global_batch": 6},
     ),
+    # Chosen when the planner had followed the trainer's gathering and its fused AdamW; nothing was changed after that.
+    "qwen2-zero3-nf4": Case(
+        architecture=_llm("qwen2", 1792, 4864, 20, 14, 2, 36000),
+        strategy="zero3",
+        zero=_NARROW,
+        model={"quantization": "nf4", "lora_rank": 24},
+        training={"precision": "bf16", "micro_batch": 2, "global_batch": 8},
+    ),
+    "padded-zero2-fp32": Case(
+        architecture=_llm("llama", 1024, 4096, 10, 16, 4, 20000),
+        strategy="zero2",
+        model={"packing": False, "readout": "per_au"},
+        training={"precision": "fp32", "micro_batch": 3, "global_batch": 12},
+    ),
+    "mistral-offload": Case(
+        architecture=_llm("mistral", 1536, 5120, 12, 12, 4, 30000, sliding_window=96),
+        strategy="zero3_offload_optimizer",
+        model={"activation_checkpointing": "non_reentrant"},
+        training={"precision": "bf16", "micro_batch": 4, "global_batch": 8},
+    ),
 }
 
 
