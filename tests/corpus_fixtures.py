@@ -1,8 +1,9 @@
-"""Small hand-written releases of CASME II, SAMM and 4DME, made from what is known of the real ones.
+"""Small hand-written releases of all seven corpora, made from what is known of the real ones.
 
 Written apart from the synthetic generator on purpose: an error in one of them is not repeated by the other.
 """
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,19 @@ def write_book(path: Path, rows: list[list[object]], *, sheet: str = "Sheet1") -
     return path
 
 
+_PICTURES: dict[tuple, bytes] = {}
+
+
 def write_frame(path: Path, number: int, *, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> None:
     """A picture whose gray level is the frame's number (modulo 200), so that a test can tell frames apart."""
+    key = (number % 200, size, mode, path.suffix)
+    if key not in _PICTURES:
+        pixels = np.full((size[1], size[0]), number % 200, np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels, "L").convert(mode).save(buffer, Image.registered_extensions()[path.suffix], quality=95)
+        _PICTURES[key] = buffer.getvalue()
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.full((size[1], size[0]), number % 200, np.uint8)
-    Image.fromarray(pixels, "L").convert(mode).save(path, quality=95)
+    path.write_bytes(_PICTURES[key])
 
 
 def write_frames(folder: Path, pattern: str, numbers, **options) -> None:
@@ -118,3 +127,123 @@ def make_fourdme(root: Path, rows: list[list[object]] | None = None, *, frames: 
         write_frames(root / "gray_micro" / subject / clip, "{:04d}.png", range(int(onset), int(offset) + 1), mode="L")
     write_frames(root / "gray_micro" / "S13" / "S13_1st_001_01_1", "{:04d}.png", range(1, 4), mode="L")
     return root
+
+
+CASME_HEADER = [
+    "Subject", "Filename", "Unnamed: 2", "OnsetF", "ApexF1", "ApexF2", "OffsetF", "Unnamed: 7", "AU", "Emotion",
+]  # fmt: skip
+
+
+def casme_row(subject, clip, onset, apex, offset, aus, emotion="tense") -> list[object]:
+    return [subject, clip, None, onset, apex, 0, offset, None, aus, emotion]
+
+
+CASME_ROWS = [
+    casme_row(1, "EP01_5", 98, 100, 103, "4+9", "comtempt"),
+    casme_row(7, "EP03_12", 9, 10, 12, 14, "repression"),
+]
+
+
+def make_casme(root: Path, rows: list[list[object]] | None = None) -> Path:
+    """`CASME_raw_selected/sub01/<Filename>/<Filename>-<n>.jpg`; the second clip's numbers are padded to 3 digits."""
+    rows = CASME_ROWS if rows is None else rows
+    write_book(root / "casme.xlsx", [CASME_HEADER, *rows])
+    for position, (subject, clip, _, onset, _, _, offset, *_) in enumerate(rows):
+        pattern = f"{clip}-{{:03d}}.jpg" if position == 1 else f"{clip}-{{}}.jpg"
+        write_frames(root / "CASME_raw_selected" / f"sub{subject:02d}" / clip, pattern, range(onset, offset + 1))
+    return root
+
+
+MMEW_HEADER = [
+    "Subject", "Filename", "OnsetFrame", "ApexFrame", "OffsetFrame", "Action Units", "Estimated Emotion", "remarks",
+]  # fmt: skip
+
+
+def mmew_row(clip, onset, apex, offset, aus, emotion) -> list[object]:
+    return [int(clip[1:3]), clip, onset, apex, offset, aus, emotion, None]
+
+
+MMEW_ROWS = [
+    mmew_row("S01-07-001", 1, 4, 9, "12", "happiness"),
+    mmew_row("S02-06-003", 1, 5, 11, "L14+4", "others"),
+    mmew_row("S02-06-004", 1, 2, 5, "/", "Others"),
+]
+
+
+def make_mmew(root: Path, rows: list[list[object]] | None = None) -> Path:
+    """`Micro_Expression/<emotion>/<Filename>/<n>.jpg`; `others` lies in `repression` or `others`."""
+    rows = MMEW_ROWS if rows is None else rows
+    write_book(root / "MMEW_Micro_Exp.xlsx", [MMEW_HEADER, *rows])
+    for _, clip, onset, _, offset, _, emotion, _ in rows:
+        folder = "repression" if emotion == "others" else emotion.lower()
+        write_frames(root / "Micro_Expression" / folder / clip, "{}.jpg", range(onset, offset + 1))
+    write_frame(root / "Macro_Expression" / "S01" / "anger" / "S01-07-001.jpg", 1)
+    return root
+
+
+CASME3A_HEADER = ["Subject", "Filename", "Onset", "Apex", "Offset", "AU", "Objective class", "emotion", "shade"]
+
+
+def casme3a_row(subject, video, onset, apex, offset, aus, emotion="Others") -> list[object]:
+    return [subject, video, onset, apex, offset, aus, "I", emotion, 0]
+
+
+# The third and the fourth are two movements of one video; the last but one lacks a frame; the last is written twice.
+CASME3A_ROWS = [
+    casme3a_row("spNO.1", "a", 8, 10, 12, "1+2", "surprise"),
+    casme3a_row("spNO.10", "A", 116, 118, 121, 4, "others"),
+    casme3a_row("spNO.10", "b", 9, 11, 13, "4+R14", "disgust"),
+    casme3a_row("spNO.10", "b", 98, 100, 102, "14", "Others"),
+    casme3a_row("spNO.2", "c", 5, 7, 9, "12", "happy"),
+    casme3a_row("spNO.2", "c", 5, 7, 9, "12", "happy"),
+]
+
+
+def _casme3a_frames(folder, subject: str, onset: int, offset: int) -> None:
+    numbers = [n for n in range(onset, offset + 1) if not (subject == "spNO.2" and n == 6)]
+    write_frames(folder, "{}.jpg", numbers)
+
+
+def make_casme3a(root: Path, rows: list[list[object]] | None = None) -> Path:
+    """`Part_A_ME_clip/frame/spNo.10_a_116/116.jpg` `depth` beside `frame`; the sheet writes `spNO`."""
+    rows = CASME3A_ROWS if rows is None else rows
+    write_book(root / "cas(me)3_part_A_ME_label_JpgIndex_v2.xlsx", [CASME3A_HEADER, *rows], sheet="label")
+    for subject, video, onset, _, offset, *_ in rows:
+        name = f"{subject.replace('NO', 'No')}_{video.lower()}_{onset}"
+        _casme3a_frames(root / "Part_A_ME_clip" / "frame" / name, subject, onset, offset)
+        write_frame(root / "Part_A_ME_clip" / "depth" / name / f"{onset}.png", 1, mode="L")
+    return root
+
+
+def make_casme3a_videos(root: Path) -> Path:
+    """`part_A/spNO.1/a/color/<n>.jpg` and `depth` beside it; frames go on around and between the movements."""
+    write_book(root / "cas(me)3_part_A_ME_label_JpgIndex_v2.xlsx", [CASME3A_HEADER, *CASME3A_ROWS], sheet="label")
+    for subject, video, onset, _, offset, *_ in CASME3A_ROWS:
+        folder = root / "part_A" / subject / video.lower()
+        _casme3a_frames(folder / "color", subject, onset - 3, offset + 3)
+        write_frame(folder / "depth" / f"{onset}.png", 1, mode="L")
+    return root
+
+
+CASME3C_HEADER = ["sub", "count", "onset", "offset", "au"]
+CASME3C_ROWS = [[1, 1, 8, 12, "4,7"], [1, 2, 97, 101, 12], ["12", 1, 3, 9, "1\uff0c2"]]
+
+
+def make_casme3c(root: Path, rows: list[list[object]] | None = None) -> Path:
+    """`part_C/01/1/<n>.jpg`; commas between AUs, one of them a Chinese one; no apex column."""
+    rows = CASME3C_ROWS if rows is None else rows
+    write_book(root / "CAS(ME)3_part_C_ME.xlsx", [CASME3C_HEADER, *rows])
+    for subject, count, onset, offset, _ in rows:
+        write_frames(root / "part_C" / f"{int(subject):02d}" / str(count), "{}.jpg", range(onset, offset + 1))
+    return root
+
+
+MAKERS = {
+    "casme": make_casme,
+    "casme2": make_casme2,
+    "samm": make_samm,
+    "4dme": make_fourdme,
+    "mmew": make_mmew,
+    "casme3a": make_casme3a,
+    "casme3c": make_casme3c,
+}

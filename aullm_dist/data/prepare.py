@@ -14,17 +14,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import get_args
 
 from aullm_dist import __version__
-from aullm_dist.data.corpora import ClipRecord, CorpusIndex, Note, get_corpus, read_corpus
-from aullm_dist.data.corpora.layout import list_frames
+from aullm_dist.data.corpora import CorpusIndex, Note, get_corpus, read_corpus
+from aullm_dist.data.corpora.explain import as_json, explain
 from aullm_dist.data.frames import CROPS
-from aullm_dist.data.shards import MIN_FRAMES, BadClips, ClipPlan, ShardTask, run_shard, shard_key, shard_paths
+from aullm_dist.data.matching import plan_clips
+from aullm_dist.data.shards import BadClips, ShardTask, run_shard, shard_key, shard_paths
 from aullm_dist.errors import UserError
 from aullm_dist.log import get_logger
 
@@ -52,6 +52,7 @@ def prepare(
     crop: str = "none",
     bad_clips: BadClips = "stop",
     num_workers: int | None = None,
+    errata: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, object]:
     """Write the dataset of a corpus to `out` (see `shards.SCHEMA`) with a `report.json` in it.
@@ -66,6 +67,7 @@ def prepare(
             keeps a clip with the frames that exist (at least 2) and skips the rest; "skip" leaves out every clip with
             a defect.
         num_workers: Processes; None for as many as the CPUs and the work allow, 1 for none beside this one.
+        errata: Frozen corrections to use in place of the published row numbers; see `corpora.errata`.
         progress: Called with (clips done, clips in all).
 
     Returns:
@@ -81,8 +83,8 @@ def prepare(
             f"--out {out}: lies inside --root {root}; give a folder outside the release, which is only read"
         )
     previous = _previous_report(out)
-    index = read_corpus(corpus, root, bad_rows="stop" if bad_clips == "stop" else "skip")
-    plans, notes = _plan_clips(index, bad_clips)
+    index = read_corpus(corpus, root, bad_rows="stop" if bad_clips == "stop" else "skip", errata=errata)
+    plans, notes = plan_clips(index, bad_clips)
     groups = [plans[start : start + _CLIPS_PER_SHARD] for start in range(0, len(plans), _CLIPS_PER_SHARD)]
     keys = [shard_key(group, size=size, crop=crop, bad_clips=bad_clips) for group in groups]
     notes = [*index.notes, *notes]
@@ -158,59 +160,6 @@ def _make_work_folder(work: Path) -> Path:
     return work / "shards"
 
 
-def _plan_clips(index: CorpusIndex, bad_clips: BadClips) -> tuple[list[ClipPlan], list[Note]]:
-    """Match every clip with its frame files; clips with defects are treated as `bad_clips` says."""
-    plans: list[ClipPlan] = []
-    notes: list[Note] = []
-    for record in index.records:
-        plan, defect = _match_frames(record, index.frames_root)
-        usable = plan is not None and len(plan.files) >= MIN_FRAMES
-        if defect and bad_clips == "repair" and usable:
-            assert plan is not None
-            notes.append(Note("repaired", record.sample_id, f"{defect}: kept with the {len(plan.files)} that exist"))
-        elif defect:
-            notes.append(Note("skipped", record.sample_id, defect))
-            continue
-        plans.append(plan)
-    if bad_clips == "stop" and notes:
-        more = f" (and {len(notes) - 1} more clips with defects)" if len(notes) > 1 else ""
-        raise UserError(f"{notes[0]}{more}; complete the release, or use --bad-clips repair|skip")
-    return plans, notes
-
-
-def _match_frames(record: ClipRecord, frames_root: Path) -> tuple[ClipPlan | None, str]:
-    """Return the plan of a clip with the frames that exist, and its defect or an empty text."""
-    if record.folder is None:
-        return None, f"no clip folder {'/'.join(record.sample_id.split('/')[1:])} in {frames_root}"
-    try:
-        listed = list_frames(record.folder)
-    except UserError as error:
-        return None, str(error)
-    frames = {number: path for number, path in listed.items() if record.onset <= number <= record.offset}
-    labels = asdict(record)
-    del labels["folder"]
-    plan = ClipPlan({**labels, "aus": list(record.aus)}, tuple(frames), tuple(frames.values()))
-    missing = [number for number in range(record.onset, record.offset + 1) if number not in frames]
-    span = f"{record.onset}..{record.offset}"
-    if missing:
-        return plan, f"{record.folder}: frames {_ranges(missing)} of {span} are missing"
-    if len(frames) < MIN_FRAMES:
-        return plan, f"{record.folder}: {len(frames)} frame in {span}; allowed: {MIN_FRAMES} or more"
-    return plan, ""
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Write ascending numbers as `3, 5-9`, at most four ranges of them."""
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    texts = [str(first) if first == last else f"{first}-{last}" for first, last in ranges]
-    return ", ".join(texts if len(texts) <= 4 else [*texts[:4], "..."])
-
-
 def _run_tasks(tasks: Sequence[ShardTask], num_workers: int | None, progress: Progress) -> None:
     """Make the shards that are not finished yet; the first error cancels the rest."""
     total = sum(len(task.clips) for task in tasks)
@@ -282,6 +231,7 @@ def _report(
             "num_clips": spec.published_clips,
             "aus": {str(au): count for au, count in spec.published_aus.items()},
         },
+        "differences": as_json(explain(spec, index, (clip["sample_id"] for clip in clips), notes)),
         "repairs": told("repaired"),
         "skips": told("skipped"),
         "unmatched_errata": told("unmatched"),

@@ -5,14 +5,16 @@
 import argparse
 from pathlib import Path
 
+from aullm_dist.errors import UserError
+
 __all__ = ["add_prepare_arguments", "run_prepare"]
 
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `prepare`; their values are checked by `prepare` itself, which names what is allowed."""
-    parser.add_argument("corpus", metavar="CORPUS", help="casme2, samm or 4dme")
+    parser.add_argument("corpus", metavar="CORPUS", help="casme, casme2, samm, 4dme, mmew, casme3a or casme3c")
     parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the corpus release")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the dataset to be written")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the dataset to be written")
     parser.add_argument("--size", type=int, default=64, metavar="PIXELS", help="height and width of the frames (64)")
     parser.add_argument(
         "--crop", default="none", metavar="MODE", help="none: the whole frame; center: the largest square"
@@ -23,6 +25,20 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODE",
         help="stop at the first defect; repair: keep clips with the frames that exist; skip: leave such clips out",
     )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="compare clips per AU with the published counts, clip by clip; no --out needed",
+    )
+    parser.add_argument(
+        "--errata", type=Path, metavar="FILE", help="corrections by clip, in place of the published row numbers"
+    )
+    parser.add_argument(
+        "--freeze-errata",
+        type=Path,
+        metavar="FILE",
+        help="write the corrections that fit this sheet, by clip; no --out needed",
+    )
     parser.add_argument("--workers", type=int, default=None, metavar="N", help="processes (one per CPU where it pays)")
 
 
@@ -32,6 +48,40 @@ def run_prepare(args: argparse.Namespace) -> int:
     Raises:
         UserError: See `prepare`.
     """
+    if args.out is None and not (args.explain or args.freeze_errata):
+        raise UserError("--out is missing; give a folder for the dataset, or --explain or --freeze-errata alone")
+    if args.freeze_errata:
+        _freeze(args)
+    if args.out is not None:
+        _prepare(args)
+    if args.explain:
+        _explain(args)
+    return 0
+
+
+def _freeze(args: argparse.Namespace) -> None:
+    from aullm_dist.data.corpora import read_corpus
+    from aullm_dist.data.corpora.errata import freeze
+
+    count = freeze(read_corpus(args.corpus, args.root, bad_rows="skip", errata=args.errata), args.freeze_errata)
+    print(f"{count} corrections of this sheet written to {args.freeze_errata}; use them with --errata")
+
+
+def _explain(args: argparse.Namespace) -> None:
+    """Print the comparison from sheet and folders alone, as the preparation would have it; no image is opened."""
+    from aullm_dist.data.corpora import get_corpus, read_corpus
+    from aullm_dist.data.corpora.explain import explain, render_differences
+    from aullm_dist.data.matching import plan_clips
+
+    mode = "skip" if args.bad_clips == "skip" else "repair"
+    index = read_corpus(args.corpus, args.root, bad_rows="skip", errata=args.errata)
+    plans, notes = plan_clips(index, mode)
+    spec = get_corpus(args.corpus)
+    differences = explain(spec, index, [plan.sample_id for plan in plans], [*index.notes, *notes])
+    print(render_differences(spec, differences, len(plans)))
+
+
+def _prepare(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from aullm_dist.data.prepare import prepare
@@ -55,9 +105,9 @@ def run_prepare(args: argparse.Namespace) -> int:
             crop=args.crop,
             bad_clips=args.bad_clips,
             num_workers=args.workers,
+            errata=args.errata,
             progress=show,
         )
     print(render_report(report))
     state = "already prepared" if report["already_prepared"] else "written"
     print(f"\n{state}: {args.out} (datasets.load_from_disk); report: {args.out / 'report.json'}")
-    return 0

@@ -59,6 +59,9 @@ def _au_table(report: Mapping[str, object]) -> list[str]:
         if compare:
             line += f"{published['aus'].get(str(number), ''):>11}"
         lines.append(line)
+    different = report.get("differences") if compare else None
+    if different:
+        lines += ["", f"not as published: {', '.join(different)}; add --explain for the clips that make the difference"]
     return lines
 
 

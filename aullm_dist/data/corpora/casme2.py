@@ -7,19 +7,18 @@ middle frame.
 
 import re
 
-from aullm_dist.data.corpora.base import Columns, CorpusSpec, Erratum
-from aullm_dist.data.workbook import cell_text
+from aullm_dist.data.corpora.spec import Columns, CorpusSpec, Erratum
 
 __all__ = ["SPEC"]
 
 _APEXES = {
-    29: 279, 35: 68, 43: 77, 45: 81, 51: 166, 53: 100, 60: 78, 117: 187, 118: 89, 126: 80, 136: 88, 147: 134, 155: 231,
+    29: 279, 35: 68, 43: 77, 45: 81, 51: 166, 53: 100, 117: 187, 118: 89, 126: 80, 136: 88, 147: 134, 155: 231,
     168: 53, 170: 329, 177: 111, 202: 91, 203: 103, 234: 98, 237: 153, 238: 98,
 }  # fmt: skip
 
 
-def _subject_folder(cell: object) -> str | None:
-    match = re.fullmatch(r"(?:sub)?0*(\d{1,3})", cell_text(cell), re.IGNORECASE)
+def _subject_of(subject: str, _clip: str) -> str | None:
+    match = re.fullmatch(r"(?:sub)?0*([0-9]{1,3})", subject, re.IGNORECASE)
     return f"sub{int(match[1]):02d}" if match else None
 
 
@@ -37,12 +36,14 @@ SPEC = CorpusSpec(
         emotion="Estimated Emotion",
     ),
     frame_folders=("CASME2_RAW_selected", "CASME2-RAW", "CASME2_RAW", "Cropped"),
-    subject_folder=_subject_folder,
+    subject_of=_subject_of,
     subject_form="a subject's number such as 1",
+    clip_like="(?i)EP[0-9]",
     errata=(
-        Erratum(60, "offset", 91),
-        *(Erratum(row, "apex", frame) for row, frame in _APEXES.items()),
+        Erratum(60, apex=78, offset=91),
+        *(Erratum(row, apex=frame) for row, frame in _APEXES.items()),
     ),
+    errata_rows=256,
     errata_extra_clip=(222, "sub24/EP02_07"),
     published_clips=256,
     published_aus={1: 26, 2: 22, 4: 130, 5: 2, 6: 13, 7: 39, 9: 13, 10: 16, 12: 34, 14: 27, 15: 16, 17: 25},

@@ -6,10 +6,9 @@ itself shows it.
 """
 
 import re
-from collections.abc import Callable
 
 from aullm_dist.data.annotations import Annotation, parse_aus
-from aullm_dist.data.corpora.base import Columns, CorpusSpec, NoteKind, RawClip
+from aullm_dist.data.corpora.spec import Columns, CorpusSpec, Erratum, Noter, RawClip, clip_part
 from aullm_dist.data.workbook import cell_text
 from aullm_dist.errors import UserError
 
@@ -18,16 +17,14 @@ __all__ = ["SPEC"]
 _AU_COLUMN = re.compile(r"au\s*(\d{1,2})")
 _EMOTION_COLUMNS = ("positive", "negative", "surprise", "repression", "others")
 _SWAPPED_ROWS = (144, 145)
-
-_Noter = Callable[[NoteKind, RawClip, str], None]
-
-
-def _subject_folder(cell: object) -> str | None:
-    text = cell_text(cell)
-    return text if text and not re.search(r"[/\\]", text) and text not in {".", ".."} else None
+_SHEET_ROWS = 267
 
 
-def _amend(clips: list[RawClip], note: _Noter) -> None:
+def _subject_of(subject: str, _clip: str) -> str | None:
+    return clip_part(subject)
+
+
+def _amend(clips: list[RawClip], note: Noter) -> None:
     marked = {clip.row.index: _marked_aus(clip) for clip in clips}
     _exchange_swapped(clips, marked, note)
     for clip in clips:
@@ -41,7 +38,7 @@ def _amend(clips: list[RawClip], note: _Noter) -> None:
             note("noted", clip, f"{text}: the text was kept")
 
 
-def _exchange_swapped(clips: list[RawClip], marked: dict[int, frozenset[int] | None], note: _Noter) -> None:
+def _exchange_swapped(clips: list[RawClip], marked: dict[int, frozenset[int] | None], note: Noter) -> None:
     """Exchange the labels of the two rows known to be swapped, where the sheet contradicts itself crosswise.
 
     Either the emotion text (left of the AU columns) fits only the other row's emotion columns (right of them), so
@@ -49,6 +46,10 @@ def _exchange_swapped(clips: list[RawClip], marked: dict[int, frozenset[int] | N
     """
     pair = [clip for clip in clips if clip.row.index in _SWAPPED_ROWS]
     if len(pair) != len(_SWAPPED_ROWS):
+        return
+    if len(clips) != _SHEET_ROWS:
+        for clip in pair:
+            note("unmatched", clip, f"published exchange of AUs not applied: made for a sheet of {_SHEET_ROWS} rows")
         return
     first, second = pair
     emotions = [set(clip.emotion.split("+")) & set(_EMOTION_COLUMNS) for clip in pair]
@@ -113,8 +114,11 @@ SPEC = CorpusSpec(
         emotion="Emotion",
     ),
     frame_folders=("gray_micro", "gray_micro_crop"),
-    subject_folder=_subject_folder,
+    subject_of=_subject_of,
     subject_form="the name of a subject's folder",
+    # Both are of an earlier version of the sheet; where its defects are gone they find nothing.
+    errata=(Erratum(26, apex=2490), Erratum(245, length=24)),
+    errata_rows=_SHEET_ROWS,
     amend=_amend,
     published_clips=267,
     published_aus={1: 46, 2: 54, 4: 102, 5: 8, 6: 25, 7: 89, 9: 1, 10: 2, 12: 53, 14: 4, 15: 6, 17: 11},

@@ -1,15 +1,15 @@
 """Folders and frame files of a release: found without regard to case, numbered by the last digits of a name."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from aullm_dist.errors import UserError
 
-__all__ = ["ClipFolders", "find_frames_root", "list_frames", "require_folder", "search_folders"]
+__all__ = ["FolderTree", "find_frames_root", "list_frames", "require_folder", "search_folders"]
 
 # How far below the root the folder of subjects and the workbook may lie.
-_DEPTH = 2
+_DEPTH = 3
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
 _DIGITS = re.compile(r"[0-9]+")
 
@@ -32,34 +32,36 @@ def require_folder(root: str | Path, title: str) -> Path:
 
 
 def search_folders(root: Path, frame_folders: Sequence[str]) -> list[Path]:
-    """Folders in which the workbook may lie: `root` and its sub-folders, else the folder above a `root` of frames."""
+    """Folders in which the workbook may lie: `root` and its sub-folders, else those above a `root` of frames."""
     folders = [root, *_sub_folders(root)]
-    if root.name.casefold() in _folded(frame_folders) and not any(
-        next(folder.glob("*.xls*"), None) for folder in folders
-    ):
-        return [root.parent]
-    return folders
+    if root.name.casefold() not in _folded(frame_folders) or any(map(_has_sheet, folders)):
+        return folders
+    return [folder for folder in (root.parent, root.parent.parent) if _has_sheet(folder)] or [root.parent]
+
+
+def _has_sheet(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in ("*.xls*", "*.csv"))
 
 
 def find_frames_root(
     root: Path,
     frame_folders: Sequence[str],
-    subjects: Collection[str],
+    first_folders: Collection[str],
     title: str,
     *,
     notes_to: Callable[[str, str], None],
 ) -> Path:
-    """Find the folder that holds the subjects' folders, at or below `root`.
+    """Find the folder that holds the clips' folders, at or below `root`.
 
-    A folder counts if it has a folder of one of `subjects`, or else by its name. Of several, the earliest of
-    `frame_folders` wins, then the one nearest to `root`; the others are noted.
+    A folder counts if it has one of `first_folders`, the outermost folders of the sheet's clips, or else by its name.
+    Of several, the earliest of `frame_folders` wins, then the one nearest to `root`; the others are noted.
 
     Raises:
         UserError: There is none.
     """
     order = {name: rank for rank, name in enumerate(_folded(frame_folders))}
-    wanted = _folded(subjects)
-    with_subjects: list[Path] = []
+    wanted = set(_folded(first_folders))
+    with_clips: list[Path] = []
     by_name: list[Path] = []
     level = [root]
     for _ in range(_DEPTH + 1):
@@ -67,45 +69,60 @@ def find_frames_root(
         for folder in level:
             children = _sub_folders(folder)
             if any(child.name.casefold() in wanted for child in children):
-                with_subjects.append(folder)
+                with_clips.append(folder)
             else:
                 below += children
                 if folder.name.casefold() in order:
                     by_name.append(folder)
         level = below
-    candidates = with_subjects or by_name
+    candidates = with_clips or by_name
     if not candidates:
         expected = ", ".join(frame_folders)
         raise UserError(
-            f"{root}: no frames of {title} found; expected: a folder named {expected}, or the subjects' folders "
-            f"({', '.join(sorted(subjects)[:2])}, ...)"
+            f"{root}: no frames of {title} found; expected: a folder named {expected}, or the clips' folders "
+            f"({', '.join(sorted(first_folders)[:2])}, ...)"
         )
     # min() keeps the first of equals, and the search went level by level.
     chosen = min(candidates, key=lambda folder: order.get(folder.name.casefold(), len(order)))
     for folder in candidates:
-        if folder != chosen:
+        # Folders further down that nobody named are parts of other trees, such as MMEW's macro-expressions.
+        if folder != chosen and (folder.name.casefold() in order or folder.parent == chosen.parent):
             notes_to(str(folder), f"not used: the frames are read from {chosen}; give this folder as --root to use it")
     return chosen
 
 
-class ClipFolders:
-    """The `<subject>/<clip>` folders below one folder, looked up without regard to case."""
+class FolderTree:
+    """The folders below one folder, looked up without regard to case; each folder is listed once."""
 
-    def __init__(self, frames_root: Path):
-        self._folders: dict[tuple[str, str], Path] = {}
-        for subject in _sub_folders(frames_root):
-            for clip in _sub_folders(subject):
-                self._folders[subject.name.casefold(), clip.name.casefold()] = clip
+    def __init__(self, root: Path):
+        self.root = root
+        self._listed: dict[Path, dict[str, Path]] = {}
 
-    def get(self, subject: str, clip: str) -> Path | None:
-        """Return the folder of a clip, or None."""
-        return self._folders.get((subject.casefold(), clip.casefold()))
+    def find(self, relative: str) -> Path | None:
+        """Return the folder at `a/b/c` below the root, or None; of two that differ in case, the one written so."""
+        folder: Path | None = self.root
+        for part in relative.split("/"):
+            children = self._children(folder)
+            folder = children.get(part) or children.get(part.casefold())
+            if folder is None:
+                return None
+        return folder
 
-    def without(self, names: Iterable[str]) -> list[str]:
-        """Return the `subject/clip` names of the folders that are not among `names`."""
-        known = {name.casefold() for name in names}
-        left = (f"{folder.parent.name}/{folder.name}" for folder in self._folders.values())
-        return [name for name in left if name.casefold() not in known]
+    def like(self, template: str) -> Iterator[Path]:
+        """Yield the folders that lie where `template` puts clips; a part without a field must be called so."""
+        level = [self.root]
+        for part in template.split("/"):
+            below = [child for folder in level for child in dict.fromkeys(self._children(folder).values())]
+            level = [child for child in below if "{" in part or child.name.casefold() == part.casefold()]
+        yield from level
+
+    def _children(self, folder: Path) -> dict[str, Path]:
+        if folder not in self._listed:
+            children = _sub_folders(folder)
+            # Folded names first, so that an exact name is never hidden by the folded one of another folder.
+            folded = {child.name.casefold(): child for child in reversed(children)}
+            self._listed[folder] = {**folded, **{child.name: child for child in children}}
+        return self._listed[folder]
 
 
 def list_frames(folder: Path) -> dict[int, Path]:
@@ -114,10 +131,14 @@ def list_frames(folder: Path) -> dict[int, Path]:
     The number is the last run of digits in the file's stem, as an integer: paddings differ inside one corpus.
 
     Raises:
-        UserError: Two files have the same number.
+        UserError: Two files have the same number, or the folder cannot be listed.
     """
     frames: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()):
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
+    for path in paths:
         digits = _DIGITS.findall(path.stem)
         if not digits or path.suffix.lower() not in _SUFFIXES or path.name.startswith("."):
             continue
