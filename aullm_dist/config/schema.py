@@ -92,7 +92,7 @@ class DataConfig:
     """Negative control: gives each training clip the labels of another. Scores must then fall to the floors."""
     workers: int = 2
     """Loader processes per rank; 0 loads in the training process."""
-    synthetic_corpus: Literal["casme2", "samm", "4dme"] = "casme2"
+    synthetic_corpus: Literal["casme2", "samm", "4dme", "casme", "mmew", "casme3a", "casme3c"] = "casme2"
     synthetic_subjects: int = 20
     synthetic_clips: int = 12
     """Clips per synthetic subject."""

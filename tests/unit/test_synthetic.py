@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from aullm_dist.data.corpora import read_corpus
+from aullm_dist.data.matching import plan_clips as plan_clips_on_disk
 from aullm_dist.data.synthetic import CORPORA, DAMAGES, SPEC_FILE, Movement, SyntheticSpec, plan_clips, write_corpus
 from aullm_dist.data.synthetic.faces import Subject
 from aullm_dist.data.synthetic.labels import COMBINATIONS, ClipPlan, combination_weights
-from aullm_dist.data.synthetic.layouts import _intensity_letter
+from aullm_dist.data.synthetic.releases import _intensity_letter
 from aullm_dist.errors import UserError
 from aullm_dist.facs import AU_SETS
 
@@ -49,9 +50,10 @@ def still(**changes: object) -> SyntheticSpec:
 
 @pytest.mark.parametrize("corpus", CORPORA)
 def test_equal_specs_give_equal_bytes(corpus, tmp_path):
-    first = contents(write_corpus(small(corpus), tmp_path / "a"))
-    assert first == contents(write_corpus(small(corpus), tmp_path / "b"))
-    other = contents(write_corpus(small(corpus, seed=1), tmp_path / "c"))
+    size = {"subjects": 2, "clips_per_subject": 2, "num_frames": (5, 6), "frame_size": (32, 32)}
+    first = contents(write_corpus(small(corpus, **size), tmp_path / "a"))
+    assert first == contents(write_corpus(small(corpus, **size), tmp_path / "b"))
+    other = contents(write_corpus(small(corpus, **size, seed=1), tmp_path / "c"))
     frames = [name for name in first if name.endswith((".jpg", ".png"))]
     assert frames
     assert all(first[name] != other[name] for name in frames if name in other)
@@ -135,12 +137,14 @@ def test_fourdme_layout(tmp_path):
 
 @pytest.mark.parametrize("corpus", CORPORA)
 def test_ordinary_loader_reads_back_the_plan(corpus, tmp_path):
-    spec = small(corpus, subjects=12)
+    spec = small(corpus, subjects=6, clips_per_subject=5, num_frames=(5, 6), frame_size=(32, 32))
     index = read_corpus(corpus, write_corpus(spec, tmp_path / "corpus"))
     plans = plan_clips(spec)
     assert [(r.onset, r.offset, r.aus) for r in index.records] == [(p.onset, p.offset, p.active_aus) for p in plans]
     assert all(
-        r.apex == p.apex for r, p in zip(index.records, plans, strict=True) if not p.apex_missing or corpus != "casme2"
+        r.apex == p.apex
+        for r, p in zip(index.records, plans, strict=True)
+        if not (p.apex_missing and corpus == "casme2") and corpus != "casme3c"
     )
     assert len({r.subject for r in index.records}) == spec.subjects
     assert all(r.folder is not None for r in index.records)
@@ -148,9 +152,90 @@ def test_ordinary_loader_reads_back_the_plan(corpus, tmp_path):
     assert all("apex missing" in note.text for note in index.notes if note.kind == "repaired")
 
 
+TINY = {"subjects": 2, "clips_per_subject": 5, "num_frames": (5, 6), "frame_size": (32, 32)}
+
+
+def test_casme_layout(tmp_path):
+    root = write_corpus(small("casme", **TINY), tmp_path / "corpus")
+    header, *rows = sheet_rows(root)
+    assert header == (
+        "Subject", "Filename", None, "OnsetF", "ApexF1", "ApexF2", "OffsetF", None, "AU", "Emotion"
+    )  # fmt: skip
+    names = []
+    for subject, name, _, onset, _, _, offset, *_ in rows:
+        folder = root / "CASME_raw_selected" / f"sub{subject:02d}" / name
+        names.append({p.stem.removeprefix(f"{name}-") for p in folder.iterdir()})
+        assert {int(stem) for stem in names[-1]} == set(range(onset, offset + 1))
+    assert {len(stem) for stems in names[5:] for stem in stems} == {3}  # padded in the later part
+    assert not any(stem.startswith("0") for stems in names[:5] for stem in stems)
+
+
+def test_mmew_layout(tmp_path):
+    root = write_corpus(small("mmew", **TINY), tmp_path / "corpus")
+    header, *rows = sheet_rows(root)
+    assert header[:5] == ("Subject", "Filename", "OnsetFrame", "ApexFrame", "OffsetFrame")
+    folders = {}
+    for subject, name, onset, _, offset, _, emotion, _ in rows:
+        assert re.fullmatch(rf"S{subject:02d}-\d\d-\d{{3}}", name)
+        (folder,) = root.glob(f"Micro_Expression/*/{name}")
+        folders.setdefault(emotion, set()).add(folder.parent.name)
+        assert onset == 1
+        assert {p.name for p in folder.iterdir()} == {f"{n}.jpg" for n in range(1, offset + 1)}
+    assert folders.pop("others") == {"repression"}
+    assert all(where == {emotion} for emotion, where in folders.items())
+
+
+@pytest.mark.parametrize("context", [0, 2])
+def test_casme3a_layout(tmp_path, context):
+    root = write_corpus(small("casme3a", **TINY, context_frames=context), tmp_path / "corpus")
+    header, *rows = sheet_rows(root)
+    assert header == ("Subject", "Filename", "Onset", "Apex", "Offset", "AU", "Objective class", "emotion")
+    lost = 0
+    for subject, video, onset, _, offset, *_ in rows:
+        if context:
+            folder = root / "part_A" / subject / video.lower() / "color"
+        else:
+            folder = root / "Part_A_ME_clip" / "frame" / f"{subject.replace('NO', 'No')}_{video.lower()}_{onset}"
+        missing = set(range(onset - context, offset + context + 1)) - {int(p.stem) for p in folder.iterdir()}
+        assert len(missing) <= 1
+        lost += len(missing)
+    assert lost == 1  # a dropped frame
+    assert len({(subject, video.lower()) for subject, video, *_ in rows}) < len(rows)
+    assert any(video.isupper() for _, video, *_ in rows)
+    assert list(root.rglob("depth"))
+
+
+def test_casme3c_layout(tmp_path):
+    root = write_corpus(small("casme3c", **TINY), tmp_path / "corpus")
+    header, *rows = sheet_rows(root)
+    assert header == ("sub", "count", "onset", "offset", "au")
+    for subject, count, onset, offset, _ in rows:
+        files = {p.name for p in (root / "part_C" / f"{subject:02d}" / str(count)).iterdir()}
+        assert files == {f"{n}.jpg" for n in range(onset, offset + 1)}
+    assert sum("\uff0c" in str(row[4]) for row in rows) == 1
+
+
+@pytest.mark.parametrize("corpus", CORPORA)
+def test_a_damaged_corpus_is_read_without_its_damaged_clips(corpus, tmp_path):
+    root = write_corpus(small(corpus, **TINY), tmp_path / "corpus", damage=DAMAGES)
+    with pytest.raises(UserError, match=r"row \d+.*allowed"):
+        read_corpus(corpus, root)
+    index = read_corpus(corpus, root, bad_rows="skip")
+    plans, notes = plan_clips_on_disk(index, "repair")
+    # Of ten clips the damage takes one row, spoils two and takes one folder; the others are kept.
+    assert len(index.records) == 7
+    assert len(plans) == 6
+    told = [str(note) for note in (*index.notes, *notes)]
+    parts = ["banana", "has a row already", "without a row", "no clip folder"]
+    if corpus not in ("samm", "casme3c"):  # whose folders are called by numbers alone
+        parts.append("another case of their names")
+    assert [part for part in parts if not any(part in text for text in told)] == []
+    assert len([note for note in notes if note.kind == "repaired"]) == (2 if corpus == "casme3a" else 1)
+
+
 def test_damage_is_where_the_docstring_says(tmp_path):
-    sound = write_corpus(small("casme2"), tmp_path / "sound")
-    root = write_corpus(small("casme2"), tmp_path / "corpus", damage=DAMAGES)
+    sound = write_corpus(small("casme2", **TINY), tmp_path / "sound")
+    root = write_corpus(small("casme2", **TINY), tmp_path / "corpus", damage=DAMAGES)
     before, after = sheet_rows(sound)[1:], sheet_rows(root)[1:]
     folders = [root / "CASME2_RAW_selected" / f"sub{row[0]:02d}" / row[1] for row in before]
     assert len(list(folders[0].iterdir())) == before[0][5] - before[0][3]
@@ -161,6 +246,10 @@ def test_damage_is_where_the_docstring_says(tmp_path):
     assert before[3][:2] not in [row[:2] for row in after]
     assert after[3][7] == "banana"
     assert after[4][3] > after[4][5]
+    assert after[5][:7] == after[6][:7]
+    assert after[5][7] != after[6][7]
+    assert not folders[7].exists()
+    assert folders[7].with_name(folders[7].name.swapcase()).is_dir()
 
 
 def test_root_is_kept_reused_or_refused(tmp_path):

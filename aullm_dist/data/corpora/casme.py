@@ -32,7 +32,6 @@ SPEC = CorpusSpec(
     frame_folders=("CASME_raw_selected", "Cropped"),
     subject_of=_subject_of,
     subject_form="a subject's number such as 1",
-    clip_like="(?i)EP[0-9]",
     errata=(
         Erratum(40, onset=100, apex=120, offset=149),
         Erratum(42, onset=101, apex=110, offset=119),

@@ -77,9 +77,9 @@ def _correct(clip: RawClip, erratum: Erratum, note: Noter) -> list[Correction]:
         if column in wanted and found[column] != wanted[column] and _shows(clip, column, wanted, frames):
             chosen[column] = wanted[column]
     start, end = chosen.get("onset", clip.onset), chosen.get("offset", clip.offset)
-    if "apex" in wanted and found["apex"] != wanted["apex"]:
-        if not (_inside(clip.apex, clip.onset, clip.offset) and _inside(clip.apex, start, end)):
-            chosen["apex"] = wanted["apex"]
+    sound = _inside(clip.apex, clip.onset, clip.offset) and _inside(clip.apex, start, end)
+    if "apex" in wanted and found["apex"] != wanted["apex"] and not sound:
+        chosen["apex"] = wanted["apex"]
     if not _ordered(start, chosen.get("apex", clip.apex), end, apex_corrected="apex" in chosen):
         chosen = {column: value for column, value in chosen.items() if column == "aus"}
     corrections = []

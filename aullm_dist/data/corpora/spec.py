@@ -191,7 +191,7 @@ class CorpusSpec:
     subject_form: str
     clip_of: Callable[[str], str | None] = clip_part
     clip_like: str = ""
-    """Regular expression that the corpus's clip names begin with, to tell its sheet from another's with equal columns."""
+    """Regular expression that clip names begin with, to tell the corpus's sheet from another's with equal columns."""
     rows_with: tuple[str, str] | None = None
     """Column and value of the rows that count, in sheets that have the column."""
     errata: tuple[Erratum, ...] = ()

@@ -1,4 +1,4 @@
-"""Synthetic corpora in the disk layouts of CASME II, SAMM and 4DME: a generator for tests and demos.
+"""Synthetic corpora in the disk layouts of all seven corpora: a generator for tests and demos.
 
 No claim about real faces is made from it: the faces are drawn, the movements are Gaussian pushes, and results on them
 say whether the software works, never how well anything recognises a real micro-expression.

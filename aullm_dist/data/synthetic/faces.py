@@ -51,6 +51,10 @@ _CORPUS_LOOKS = {
     "casme2": Look(gamma=0.95, blur_pixels=0.0, noise_factor=1.0),
     "samm": Look(gamma=0.75, blur_pixels=0.5, noise_factor=1.4),
     "4dme": Look(gamma=1.3, blur_pixels=0.7, noise_factor=0.8),
+    "casme": Look(gamma=1.1, blur_pixels=0.4, noise_factor=1.2),
+    "mmew": Look(gamma=0.85, blur_pixels=0.3, noise_factor=0.9),
+    "casme3a": Look(gamma=1.2, blur_pixels=0.2, noise_factor=1.1),
+    "casme3c": Look(gamma=1.25, blur_pixels=0.2, noise_factor=1.3),
 }
 
 

@@ -37,15 +37,35 @@ COMBINATIONS: dict[str, dict[AuCombination, float]] = {
         (1, 2, 45): 3, (2, 45): 2, (7, 45): 6, (17,): 5, (4, 17): 3, (15, 17): 3, (6,): 5, (14,): 4, (10,): 2,
         (15,): 3, (4, 5): 3,
     },
+    "casme": {
+        (4,): 50, (4, 9): 14, (9,): 25, (1, 2): 12, (1,): 8, (2,): 5, (1, 4): 3, (4, 7): 3, (7,): 1, (12,): 8,
+        (6, 12): 1, (14,): 21, (14, 17): 2, (15,): 11, (15, 17): 3, (17,): 8, (10,): 3, (24,): 6, (20,): 5,
+    },
+    "mmew": {
+        (1, 2): 20, (1, 2, 5): 18, (1,): 10, (2, 5): 3, (5,): 39, (4,): 45, (4, 7): 37, (4, 5): 10, (4, 10): 6,
+        (4, 9): 5, (4, 17): 3, (1, 4): 2, (7,): 7, (7, 10): 3, (12,): 24, (6, 12): 8, (10, 12): 3, (10,): 26,
+        (14,): 15, (12, 14): 2, (15,): 5, (15, 17): 1, (17,): 7, (9,): 3, (6,): 2, (24,): 6,
+    },
+    "casme3a": {
+        (1, 2): 105, (1,): 38, (2,): 14, (1, 2, 5): 9, (5,): 35, (4,): 226, (4, 7): 15, (4, 9): 24, (9,): 26,
+        (7,): 12, (4, 14): 9, (14,): 181, (14, 17): 3, (12,): 10, (6, 12): 5, (6,): 3, (10,): 10, (15,): 4,
+        (15, 17): 2, (17,): 15, (20,): 30, (24,): 50, (25,): 34,
+    },
 }  # fmt: skip
+# No counts of part C are published: those of part A stand in **(ours)**.
+COMBINATIONS["casme3c"] = COMBINATIONS["casme3a"]
 
 BILATERAL_AUS = frozenset({17, 24, 25, 43, 45})
 """AUs never coded for one side: they move the middle of the face, or close both eyes."""
 
-# CASME II and 4DME number the frames of each video, SAMM goes on through a subject's session. CASME II numbers cross
-# 999, where sorting by name goes wrong, and lie above every frame number of its published errata, which must find
-# nothing to mend here.
-_FIRST_NUMBERS = {"casme2": (900, 960), "samm": (900, 6000), "4dme": (20, 120)}
+# Most corpora number the frames of each video; SAMM goes on through a subject's session, and CAS(ME)^3 through a video
+# that holds several clips. CASME II numbers cross 999, where sorting by name goes wrong, and lie above every frame
+# number of its published errata, which must find nothing to mend here. MMEW counts each clip from 1.
+_FIRST_NUMBERS = {
+    "casme2": (900, 960), "samm": (900, 6000), "4dme": (20, 120), "casme": (20, 900), "casme3a": (1, 900),
+    "casme3c": (1, 900),
+}  # fmt: skip
+_ONE_COUNT = ("samm", "casme3a")
 
 _STRENGTHS = (0.75, 1.25)
 _UNILATERAL_FRACTION = 0.12
@@ -137,9 +157,12 @@ def plan_clips(spec: SyntheticSpec) -> list[ClipPlan]:
         if index in static:
             movements += (_draw_static(spec, combination, rng),)
         length = int(rng.integers(spec.clip_lengths[0], spec.clip_lengths[1] + 1))
-        if spec.corpus != "samm" or ordinal == 0:
-            previous = int(rng.integers(*_FIRST_NUMBERS[spec.corpus]))
-        onset = previous + int(rng.integers(20, 80)) + spec.context_frames
+        if spec.corpus == "mmew":
+            onset = 1 + spec.context_frames
+        else:
+            if spec.corpus not in _ONE_COUNT or ordinal == 0:
+                previous = int(rng.integers(*_FIRST_NUMBERS[spec.corpus]))
+            onset = previous + int(rng.integers(20, 80)) + spec.context_frames
         previous = onset + length - 1 + spec.context_frames
         clips.append(
             ClipPlan(

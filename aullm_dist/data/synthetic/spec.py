@@ -1,31 +1,39 @@
 """What a synthetic corpus is made of: one frozen, checked description, equal descriptions giving equal bytes."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from aullm_dist.errors import UserError
 
-SyntheticCorpus = Literal["casme2", "samm", "4dme"]
+SyntheticCorpus = Literal["casme2", "samm", "4dme", "casme", "mmew", "casme3a", "casme3c"]
 Shift = Literal["none", "corpus", "vignette_banding"]
 Damage = Literal[
-    "missing_frame", "unreadable_frame", "missing_folder", "unlabelled_folder", "bad_au_cell", "onset_after_offset"
-]
-
-CORPORA: tuple[SyntheticCorpus, ...] = ("casme2", "samm", "4dme")
-SHIFTS: tuple[Shift, ...] = ("none", "corpus", "vignette_banding")
-DAMAGES: tuple[Damage, ...] = (
     "missing_frame",
     "unreadable_frame",
     "missing_folder",
     "unlabelled_folder",
     "bad_au_cell",
     "onset_after_offset",
-)
+    "contradicting_row",
+    "other_case",
+]
 
-# (height, width) in the proportions of the real pictures (CASME II face region, SAMM release, 4DME gray), scaled down.
-_FRAME_SIZES: dict[str, tuple[int, int]] = {"casme2": (136, 112), "samm": (130, 192), "4dme": (96, 128)}
-# Around the mean clip lengths of the real corpora: 66.8 and 74.3 frames at 200 fps, 21.4 at 60 fps.
-_CLIP_LENGTHS: dict[str, tuple[int, int]] = {"casme2": (50, 84), "samm": (56, 92), "4dme": (16, 27)}
+# The order is part of every random stream's key: new corpora go to the end.
+CORPORA: tuple[SyntheticCorpus, ...] = get_args(SyntheticCorpus)
+SHIFTS: tuple[Shift, ...] = ("none", "corpus", "vignette_banding")
+DAMAGES: tuple[Damage, ...] = get_args(Damage)
+
+# (height, width) in the proportions of the real pictures (of CASME II the face region), scaled down.
+_FRAME_SIZES: dict[str, tuple[int, int]] = {
+    "casme2": (136, 112), "samm": (130, 192), "4dme": (96, 128), "casme": (90, 160), "mmew": (116, 116),
+    "casme3a": (90, 160), "casme3c": (90, 160),
+}  # fmt: skip
+# Around the mean clip lengths of the real corpora, in frames: 66.8, 74.3, 21.4, 22.1 and 39.9; CAS(ME)^3's is not
+# published and is (ours).
+_CLIP_LENGTHS: dict[str, tuple[int, int]] = {
+    "casme2": (50, 84), "samm": (56, 92), "4dme": (16, 27), "casme": (16, 28), "mmew": (30, 50), "casme3a": (8, 18),
+    "casme3c": (8, 18),
+}  # fmt: skip
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
