@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser with every command."""
     # These modules import nothing heavy themselves, so that `--help` answers at once.
     from aullm_dist.config_cli import add_config_arguments, run_config
+    from aullm_dist.data.folds_cli import add_folds_arguments, run_folds
     from aullm_dist.data.prepare_cli import add_prepare_arguments, run_prepare
     from aullm_dist.data.synthesize_cli import add_synthesize_arguments, run_synthesize
     from aullm_dist.evaluation.evaluate_cli import add_evaluate_arguments, run_evaluate
@@ -62,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run_command=run)
 
     add("prepare", "turn a raw corpus release into a checked dataset", add_prepare_arguments, run_prepare)
+    add("folds", "divide prepared datasets into folds, as a JSON to train on", add_folds_arguments, run_folds)
     add("synthesize", "write a synthetic corpus in a real layout", add_synthesize_arguments, run_synthesize)
     add("quantize", "write an LLM in 4 bits, once for all runs", add_quantize_arguments, run_quantize)
     add("plan", "tell what a run takes, before it is started", add_plan_arguments, run_plan)

@@ -109,6 +109,16 @@ def _check_model(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     data = config.data
+    if len(set(data.aus)) != len(data.aus):
+        raise UserError(f"data.aus is {data.aus}; allowed: each AU once")
+    if data.protocol in ("lodo", "composite") and data.folds_file is None and len(data.train) < 2:
+        raise UserError(
+            f"data.protocol is {data.protocol!r}; data.train must name prepared datasets of 2 or more corpora"
+        )
+    if data.folds_file is not None:
+        if not data.train or data.test:
+            raise UserError("data.folds_file needs data.train with every dataset it names, and no data.test")
+        return
     if data.protocol == "cross" and not (data.train and data.test):
         raise UserError("data.protocol is 'cross'; data.train and data.test must each name a prepared dataset")
     if data.test and data.protocol != "cross":
@@ -117,8 +127,6 @@ def _check_data(config: Config) -> None:
         raise UserError(f"data.fold is {data.fold} with data.protocol: all; allowed: null, as there is one fold")
     if data.protocol == "grouped" and data.fold is not None and data.fold >= data.folds:
         raise UserError(f"data.fold is {data.fold}; allowed: 0 to {data.folds - 1} with data.folds: {data.folds}")
-    if len(set(data.aus)) != len(data.aus):
-        raise UserError(f"data.aus is {data.aus}; allowed: each AU once")
 
 
 def _check_counterfactual(config: Config) -> None:

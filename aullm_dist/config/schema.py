@@ -72,7 +72,11 @@ class DataConfig:
     """Prepared dataset folders (`aullm-dist prepare`). Empty: a synthetic corpus is generated below the run folder."""
     test: list[str] = field(default_factory=list)
     """Prepared dataset folders of the target corpus; for `protocol: cross` only."""
-    protocol: Literal["loso", "grouped", "cross", "all"] = "loso"
+    protocol: Literal["loso", "grouped", "cross", "lodo", "composite", "all"] = "loso"
+    """`loso` leaves one subject out, `grouped` whole groups of them, `cross` goes from `train` to `test`, `lodo` leaves
+    one corpus out (CD6ME), `composite` one subject of several corpora; `all` has no test side."""
+    folds_file: str | None = None
+    """Folds to train on, as `aullm-dist folds` or a hand wrote them; protocol and AUs are then the file's."""
     fold: int | None = None
     """Train this fold only; null trains all folds one after another."""
     folds: int = 5

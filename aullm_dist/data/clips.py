@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,38 +41,19 @@ class ClipStore:
 
     def __init__(self, folders: Sequence[str | Path], size: int) -> None:
         import datasets
-        import pyarrow
 
-        parts = []
         self._folders = tuple(map(Path, folders))
-        for folder in self._folders:
-            if not (folder / "dataset_info.json").is_file():
-                raise UserError(f"{folder}: no prepared dataset; write one with aullm-dist prepare CORPUS --out DIR")
-            try:
-                part = datasets.load_from_disk(str(folder))
-            except (OSError, ValueError, pyarrow.ArrowException) as error:
-                first_line = str(error).strip().splitlines()[0]
-                raise UserError(f"{folder}: damaged ({first_line}); prepare the corpus again") from error
-            missing = _COLUMNS - set(part.column_names)
-            if missing:
-                raise UserError(f"{folder}: column {sorted(missing)[0]!r} is missing; prepare the corpus again")
-            if len(part) == 0:
-                raise UserError(f"{folder}: holds no clip; see its report.json for what was skipped and why")
+        parts = [_open(folder) for folder in self._folders]
+        for folder, part in zip(self._folders, parts, strict=True):
             if (part[0]["height"], part[0]["width"]) != (size, size):
                 raise UserError(
                     f"{folder}: clips are {part[0]['width']}x{part[0]['height']} pixels, data.size is {size}; "
                     f"set data.size or prepare again with --size {size}"
                 )
-            parts.append(part)
         self.corpora: tuple[frozenset[str], ...] = tuple(frozenset(part.unique("corpus")) for part in parts)
         self._table = datasets.concatenate_datasets(parts)
-        self.samples: tuple[SampleInfo, ...] = tuple(
-            SampleInfo(sample_id=row["sample_id"], subject=row["subject"], corpus=row["corpus"], aus=tuple(row["aus"]))
-            for row in self._table.select_columns(["sample_id", "subject", "corpus", "aus"])
-        )
+        self.samples = _samples_of(self._table, folders)
         self._rows = {sample.sample_id: row for row, sample in enumerate(self.samples)}
-        if len(self._rows) != len(self.samples):
-            raise UserError(f"{folders[-1]}: a sample id occurs twice over the given datasets; name each dataset once")
 
     @property
     def fingerprint(self) -> str:
@@ -91,6 +73,51 @@ class ClipStore:
 
     def _info(self, sample_id: str) -> SampleInfo:
         return self.samples[self._rows[sample_id]]
+
+
+def _open(folder: Path) -> Any:
+    """Open a prepared dataset.
+
+    Raises:
+        UserError: it is missing, damaged, empty, or lacks a column.
+    """
+    import datasets
+    import pyarrow
+
+    if not (folder / "dataset_info.json").is_file():
+        raise UserError(f"{folder}: no prepared dataset; write one with aullm-dist prepare CORPUS --out DIR")
+    try:
+        part = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder}: damaged ({first_line}); prepare the corpus again") from error
+    missing = _COLUMNS - set(part.column_names)
+    if missing:
+        raise UserError(f"{folder}: column {sorted(missing)[0]!r} is missing; prepare the corpus again")
+    if len(part) == 0:
+        raise UserError(f"{folder}: holds no clip; see its report.json for what was skipped and why")
+    return part
+
+
+def _samples_of(table: Any, folders: Sequence[str | Path]) -> tuple[SampleInfo, ...]:
+    samples = tuple(
+        SampleInfo(sample_id=row["sample_id"], subject=row["subject"], corpus=row["corpus"], aus=tuple(row["aus"]))
+        for row in table.select_columns(["sample_id", "subject", "corpus", "aus"])
+    )
+    if len({sample.sample_id for sample in samples}) != len(samples):
+        raise UserError(f"{folders[-1]}: a sample id occurs twice over the given datasets; name each dataset once")
+    return samples
+
+
+def read_samples(folders: Sequence[str | Path]) -> tuple[SampleInfo, ...]:
+    """Return what is known of each clip of prepared datasets, of whatever image size, without decoding any.
+
+    Raises:
+        UserError: a folder is missing, is no prepared dataset, or a sample id occurs twice.
+    """
+    import datasets
+
+    return _samples_of(datasets.concatenate_datasets([_open(Path(folder)) for folder in folders]), folders)
 
 
 class ClipView:

@@ -16,7 +16,7 @@ from aullm_dist.errors import UserError
 from aullm_dist.facs import AU_SETS
 from aullm_dist.files import write_text
 
-Protocol = Literal["loso", "grouped", "cross", "all"]
+Protocol = Literal["loso", "grouped", "cross", "lodo", "composite", "all"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 CORPORA: tuple[str, ...] = tuple(name for name in AU_SETS if name != "cross")
 
@@ -60,16 +60,20 @@ class FoldPlan:
 
 
 def au_vocabulary(corpora: Iterable[str], protocol: Protocol) -> tuple[int, ...]:
-    """Return the AUs under test: those shared by all corpora for `cross`, else those of any corpus.
+    """Return the AUs under test: those shared by all corpora for `cross`, the 12 of CD6ME for `lodo` and `composite`,
+    else those of any corpus.
 
     Raises:
         UserError: If a corpus or the protocol is unknown, or the corpora share no AU.
 
     Source:
-        MEB utils.dataset_aus (facs.AU_SETS); the union for several corpora in one fold is (ours).
+        MEB utils.dataset_aus (facs.AU_SETS), CD6ME's 12 for `lodo`; those 12 for `composite`, and the union for several
+        corpora in one fold of another protocol, are (ours).
     """
     names = sorted(set(corpora))
     _check_names(names, protocol)
+    if protocol in ("lodo", "composite"):
+        return AU_SETS["cross"]
     sets = [set(AU_SETS[name]) for name in names]
     shared = set.intersection(*sets) if protocol == "cross" else set.union(*sets)
     if not shared:
@@ -92,7 +96,9 @@ def make_folds(
     Args:
         samples: All clips, in any order; the folds do not depend on the order.
         protocol: `loso` one fold per subject; `grouped` `num_folds` folds of whole subjects, about equal in clips;
-            `cross` one fold from `train_corpora` to `test_corpora`; `all` one fold without a test side.
+            `cross` one fold from `train_corpora` to `test_corpora`; `lodo` one fold per corpus, tested on all of it and
+            trained on all others; `composite` one fold per subject of several corpora, trained on all others of every
+            corpus; `all` one fold without a test side.
         seed: Chooses inner subjects, and the grouping of `grouped`.
         inner_fraction: Share of a fold's training subjects held out, in [0, 1). Above 0 at least one subject is held
             out where there are 3 or more, and none where there are fewer.
@@ -107,7 +113,12 @@ def make_folds(
     if not 0 <= inner_fraction < 1:
         raise UserError(f"inner fraction {inner_fraction}: must be at least 0 and below 1")
     subjects = sorted({sample.subject for sample in samples})
-    if protocol == "loso":
+    corpora = sorted({sample.corpus for sample in samples})
+    if protocol in ("lodo", "composite") and len(corpora) < 2:
+        raise UserError(f"protocol {protocol} needs at least 2 corpora, got {len(corpora)} ({', '.join(corpora)})")
+    if protocol == "lodo":
+        tests = [(name, {sample.subject for sample in samples if sample.corpus == name}) for name in corpora]
+    elif protocol in ("loso", "composite"):
         if len(subjects) < 2:
             raise UserError(f"protocol loso needs at least 2 subjects, got {len(subjects)} ({', '.join(subjects)})")
         tests = [(subject, {subject}) for subject in subjects]
@@ -137,8 +148,34 @@ def select_fold(folds: Sequence[Fold], index: int) -> Fold:
 
 
 def write_folds(path: Path, plan: FoldPlan) -> None:
-    """Write `plan` as JSON, whole or not at all."""
+    """Write `plan` as JSON, whole or not at all: names of clips and nothing else, one per line."""
     write_text(path, json.dumps(asdict(plan), indent=1) + "\n")
+
+
+def plan_from_file(path: Path, samples: Sequence[SampleInfo]) -> FoldPlan:
+    """Read folds that were written beforehand, by `aullm-dist folds` or by hand, for these clips.
+
+    Raises:
+        UserError: What `read_folds` raises, a clip that is not among `samples`, a subject on two sides of a fold, or a
+            fold without training clips.
+    """
+    plan = read_folds(path)
+    _check_names(plan.corpora, plan.protocol)
+    subject_of = {sample.sample_id: sample.subject for sample in samples}
+    for fold in plan.folds:
+        sides = {"train": fold.train, "inner": fold.inner, "test": fold.test}
+        where = f"{path}: fold {fold.index} ({fold.name})"
+        for side, names in sides.items():
+            unknown = [name for name in names if name not in subject_of]
+            if unknown:
+                raise UserError(f"{where}, {side}: clip {unknown[0]} is in none of the datasets given")
+        if not fold.train:
+            raise UserError(f"{where}: trains on nothing; allowed: at least one clip")
+        people = {side: {subject_of[name] for name in names} for side, names in sides.items()}
+        for one, two in (("train", "test"), ("train", "inner"), ("inner", "test")):
+            if both := sorted(people[one] & people[two]):
+                raise UserError(f"{where}: subject {both[0]} is on the sides {one} and {two}; a subject has one side")
+    return plan
 
 
 def read_folds(path: Path) -> FoldPlan:
@@ -158,6 +195,12 @@ def read_folds(path: Path) -> FoldPlan:
         raise UserError(f"{path}: not found; train.py writes it at the start of a run") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a fold plan of train.py ({type(error).__name__}: {error})") from None
+    names = [name for fold in folds for name in (*fold.train, *fold.inner, *fold.test)]
+    lists = [raw["corpora"], raw["aus"], *(f[side] for f in raw["folds"] for side in ("train", "inner", "test"))]
+    if not all(isinstance(item, list) for item in lists) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: key folds: train, inner and test must be lists of sample ids")
+    if not plan.aus or not all(type(au) is int and au > 0 for au in plan.aus) or len(set(plan.aus)) < len(plan.aus):
+        raise UserError(f"{path}: key aus: {raw['aus']!r:.80}; must list different AU numbers")
     if [fold.index for fold in folds] != list(range(len(folds))) or not folds:
         raise UserError(f"{path}: key folds: indices must run from 0 without gaps, and there must be at least one fold")
     tested: set[str] = set()

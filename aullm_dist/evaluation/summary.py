@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from aullm_dist.config import Config
+from aullm_dist.data.protocols import read_folds
 from aullm_dist.evaluation.evaluate import evaluate_run, write_thresholds
 from aullm_dist.evaluation.metrics import probability_of, summarise
 from aullm_dist.evaluation.tables import render
@@ -16,7 +17,7 @@ from aullm_dist.training.predictions import find_predictions, pool, read_predict
 def print_summary(run: Path, config: Config) -> None:
     """Score a finished run and print it; a run without a test side gets the thresholds for its release instead."""
     out = sys.stdout.write
-    has_test_side = config.data.protocol != "all"
+    has_test_side = any(fold.test for fold in read_folds(run / "folds.json").folds)
     if has_test_side:
         metrics = evaluate_run(run)
         out("\n" + render(metrics, "text") + "\n")

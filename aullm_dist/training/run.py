@@ -1,5 +1,7 @@
 """A whole run: folds trained one after another in one process group, the frozen base loaded once."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,11 @@ from torch import Tensor, nn
 
 from aullm_dist.config import Config, load_strategy
 from aullm_dist.data.clips import ClipStore
-from aullm_dist.data.protocols import FoldPlan, au_vocabulary, make_folds, select_fold
+from aullm_dist.data.protocols import FoldPlan, au_vocabulary, make_folds, plan_from_file, select_fold
+from aullm_dist.data.stratification import stratification
 from aullm_dist.errors import UserError
 from aullm_dist.facs import AU_NAMES
+from aullm_dist.files import write_text
 from aullm_dist.log import get_logger
 from aullm_dist.model.architecture import check_architecture
 from aullm_dist.model.aullm import AULLM
@@ -63,6 +67,7 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
     # Fails, if at all, after its last forward pass: no process leaves another in the engine.
     together(accelerator, lambda: self_check(config, built))
     on_main(accelerator, lambda: workspace.open_run(folder, config, mode, plan, store.fingerprint, sharding))
+    on_main(accelerator, lambda: _write_stratification(folder, plan, store))
     for fold in chosen:
         start = initial
         if config.model.training_statistics and built.relations is not None:
@@ -113,13 +118,13 @@ def _report_data(store: ClipStore, plan: FoldPlan) -> None:
 
 def _fold_plan(config: Config, store: ClipStore, num_train_folders: int) -> FoldPlan:
     data = config.data
+    if data.folds_file is not None:
+        plan = plan_from_file(Path(data.folds_file), store.samples)
+        return dataclasses.replace(plan, aus=_known(tuple(data.aus) or plan.aus))
     train_corpora = sorted(set().union(*store.corpora[:num_train_folders]))
     test_corpora = sorted(set().union(*store.corpora[num_train_folders:]))
     corpora = tuple(sorted({*train_corpora, *test_corpora}))
-    aus = tuple(data.aus) or au_vocabulary(corpora, data.protocol)
-    unknown = [au for au in aus if au not in AU_NAMES]
-    if unknown:
-        raise UserError(f"data.aus names AU{unknown[0]}; allowed: {', '.join(map(str, AU_NAMES))}")
+    aus = _known(tuple(data.aus) or au_vocabulary(corpora, data.protocol))
     folds = make_folds(
         store.samples,
         data.protocol,
@@ -130,6 +135,18 @@ def _fold_plan(config: Config, store: ClipStore, num_train_folders: int) -> Fold
         test_corpora=test_corpora,
     )
     return FoldPlan(data.protocol, corpora, aus, config.training.seed, folds)
+
+
+def _write_stratification(folder: Path, plan: FoldPlan, store: ClipStore) -> None:
+    """Write what readers of the run may want to know of the labels; nothing reads it back."""
+    write_text(folder / "stratification.json", json.dumps(stratification(plan, store.samples), indent=1) + "\n")
+
+
+def _known(aus: tuple[int, ...]) -> tuple[int, ...]:
+    unknown = [au for au in aus if au not in AU_NAMES]
+    if unknown:
+        raise UserError(f"data.aus names AU{unknown[0]}; allowed: {', '.join(map(str, AU_NAMES))}")
+    return aus
 
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -116,7 +116,15 @@ def remove_results(run: Path) -> None:
     for path in [*run.glob("fold-*"), run / "tensorboard", run / "baseline"]:
         if path.is_dir():
             shutil.rmtree(path)
-    for pattern in (CONFIG_FILE, FOLDS_FILE, DEEPSPEED_FILE, "metrics*.json", "table*.md", "table*.csv"):
+    for pattern in (
+        CONFIG_FILE,
+        FOLDS_FILE,
+        DEEPSPEED_FILE,
+        "stratification.json",
+        "metrics*.json",
+        "table*.md",
+        "table*.csv",
+    ):
         for path in run.glob(pattern):
             path.unlink()
 

@@ -5,20 +5,25 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 
 from aullm_dist.data.protocols import (
+    CORPORA,
     FoldPlan,
     SampleInfo,
     au_vocabulary,
     make_folds,
+    plan_from_file,
     read_folds,
     select_fold,
     write_folds,
 )
+from aullm_dist.data.stratification import render_stratification, stratification
 from aullm_dist.errors import UserError
+from aullm_dist.facs import AU_SETS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -87,6 +92,82 @@ def test_cross_trains_on_one_corpus_and_tests_on_the_other():
     assert len(subjects_of(samples, fold.inner)) == 2
 
 
+def every_corpus():
+    return [sample for name in CORPORA for sample in make_samples(name, sizes=(3, 2, 4))]
+
+
+@pytest.mark.parametrize(("source", "target"), list(permutations(CORPORA, 2)))
+def test_every_ordered_pair_shares_aus(source, target):
+    shared = au_vocabulary([source, target], "cross")
+    assert set(shared) == set(AU_SETS[source]) & set(AU_SETS[target])
+    (fold,) = make_folds(every_corpus(), "cross", train_corpora=[source], test_corpora=[target])
+    assert {name.split("/")[0] for name in fold.train + fold.inner} == {source}
+    assert {name.split("/")[0] for name in fold.test} == {target}
+
+
+def test_lodo_leaves_each_corpus_out_once():
+    samples = [sample for sample in every_corpus() if sample.corpus != "casme3c"]
+    folds = make_folds(samples, "lodo")
+    assert_sound(folds, samples)
+    assert [fold.name for fold in folds] == ["4dme", "casme", "casme2", "casme3a", "mmew", "samm"]
+    assert all({name.split("/")[0] for name in fold.test} == {fold.name} for fold in folds)
+    assert all(fold.inner for fold in folds)
+    assert au_vocabulary(["casme2", "samm"], "lodo") == (1, 2, 4, 5, 6, 7, 9, 10, 12, 14, 15, 17)
+    assert make_folds(samples, "lodo", seed=1) != folds  # the seed chooses inner subjects
+
+
+def test_composite_leaves_each_subject_of_any_corpus_out_once():
+    samples = every_corpus()
+    folds = make_folds(samples, "composite", inner_fraction=0)
+    assert_sound(folds, samples)
+    assert [subjects_of(samples, fold.test) for fold in folds] == [{fold.name} for fold in folds]
+    assert len(folds) == 3 * len(CORPORA)
+    assert all(len({name.split("/")[0] for name in fold.train}) == len(CORPORA) for fold in folds)
+
+
+def test_stratification_counts_positives_of_each_side():
+    samples = [replace(sample, aus=(1,) if "sub01" in sample.subject else (4,)) for sample in make_samples()]
+    plan = FoldPlan("loso", ("casme2",), (1, 4), 0, make_folds(samples, "loso", inner_fraction=0))
+    report = stratification(plan, samples)
+    first, second = report["folds"][:2]
+    assert first["test"]["positives"] == {"AU1": first["test"]["clips"], "AU4": 0}
+    assert first["train"]["positives"]["AU1"] == 0
+    assert second["train"]["positives"]["AU1"] == first["test"]["clips"]
+    assert report["empty"] == {"test": {"AU1": 7, "AU4": 1}, "train": {"AU1": 1, "AU4": 0}}
+    text = render_stratification(report)
+    assert "Folds without a positive test clip: AU1 in 7, AU4 in 1." in text
+    assert "Folds without a positive training clip: AU1 in 1." in text
+
+
+def test_folds_from_a_file_are_those_of_the_file(tmp_path):
+    samples = make_samples()
+    path = tmp_path / "folds.json"
+    plan = FoldPlan("grouped", ("casme2",), (1, 4), 3, make_folds(samples, "grouped", seed=3, num_folds=3))
+    write_folds(path, plan)
+    assert plan_from_file(path, samples) == plan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda fold: fold["test"].append("casme2/sub99/clip0"), "test: clip casme2/sub99/clip0 is in none"),
+        (lambda fold: fold["train"].append(fold["test"].pop()), "is on the sides train and test"),
+        (lambda fold: fold.update(train=[]), "trains on nothing"),
+        (lambda fold: fold.update(train="casme2/sub01/clip0"), "must be lists of sample ids"),
+        (lambda fold: fold["train"].append(7), "must be lists of sample ids"),
+    ],
+)
+def test_a_file_of_folds_that_leaks_or_names_no_clip_is_refused(tmp_path, change, message):
+    samples = make_samples()
+    path = tmp_path / "folds.json"
+    write_folds(path, FoldPlan("loso", ("casme2",), (1, 4), 0, make_folds(samples, "loso")))
+    content = json.loads(path.read_text())
+    change(content["folds"][1])
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        plan_from_file(path, samples)
+
+
 def test_all_has_no_test_side():
     samples = make_samples()
     (fold,) = make_folds(samples, "all", inner_fraction=0.25)
@@ -100,6 +181,8 @@ def test_all_has_no_test_side():
         ("loso", {}),
         ("grouped", {"num_folds": 3}),
         ("cross", {"train_corpora": ["casme2"], "test_corpora": ["samm"]}),
+        ("lodo", {}),
+        ("composite", {}),
         ("all", {}),
     ],
 )
@@ -146,9 +229,13 @@ def test_au_vocabulary():
 @pytest.mark.parametrize(
     ("corpora", "protocol", "message"),
     [
-        (["casme9"], "loso", "corpus 'casme9' is unknown; allowed are casme2, samm, 4dme"),
+        (
+            ["casme9"],
+            "loso",
+            "corpus 'casme9' is unknown; allowed are casme, casme2, samm, 4dme, mmew",
+        ),
         (["cross"], "loso", "corpus 'cross' is unknown"),
-        (["casme2"], "kfold", "protocol 'kfold' is unknown; allowed are loso, grouped, cross, all"),
+        (["casme2"], "kfold", "protocol 'kfold' is unknown; allowed are loso, grouped, cross, lodo, composite, all"),
         ([], "loso", "no corpus given"),
     ],
 )
@@ -166,6 +253,8 @@ def test_au_vocabulary_refuses(corpora, protocol, message):
         (make_samples(), "grouped", {"num_folds": 9}, "2 up to the number of subjects, 8"),
         (make_samples(), "grouped", {"num_folds": 1}, "1 folds"),
         (make_samples(), "loso", {"inner_fraction": 1.0}, "must be at least 0 and below 1"),
+        (make_samples(), "lodo", {}, "needs at least 2 corpora, got 1"),
+        (make_samples(), "composite", {}, "needs at least 2 corpora, got 1"),
         (make_samples(), "cross", {}, "needs a training corpus and a test corpus"),
         (make_samples(), "cross", {"train_corpora": ["casme2"], "test_corpora": ["casme2"]}, "is on both sides"),
         (make_samples(), "cross", {"train_corpora": ["casme2"], "test_corpora": ["samm"]}, "no clips of corpus samm"),
