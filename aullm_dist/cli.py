@@ -43,7 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
     from aullm_dist.data.folds_cli import add_folds_arguments, run_folds
     from aullm_dist.data.prepare_cli import add_prepare_arguments, run_prepare
     from aullm_dist.data.synthesize_cli import add_synthesize_arguments, run_synthesize
-    from aullm_dist.evaluation.evaluate_cli import add_evaluate_arguments, run_evaluate
+    from aullm_dist.evaluation.evaluate_cli import (
+        add_compare_arguments,
+        add_evaluate_arguments,
+        run_compare,
+        run_evaluate,
+    )
     from aullm_dist.evaluation.predict_cli import add_predict_arguments, run_predict
     from aullm_dist.model.quantize_cli import add_quantize_arguments, run_quantize
     from aullm_dist.planning.plan_cli import add_plan_arguments, run_plan
@@ -69,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("plan", "tell what a run takes, before it is started", add_plan_arguments, run_plan)
     add("config", "print every setting, or check a run file", add_config_arguments, run_config)
     add("evaluate", "print and write the tables of a run", add_evaluate_arguments, run_evaluate)
+    add("compare", "print the difference of two runs, clip by clip paired", add_compare_arguments, run_compare)
     add("predict", "answer prepared clips with a trained checkpoint", add_predict_arguments, run_predict)
     add("checkpoint", "inspect checkpoints", add_checkpoint_arguments, run_checkpoint_verify)
     return parser

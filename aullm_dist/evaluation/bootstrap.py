@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from aullm_dist.evaluation.metrics import f1_from_counts
-from aullm_dist.evaluation.tables import METRICS
+from aullm_dist.evaluation.ranking import weighted_ap, within_subject_pairs
 
 PERCENTILES = (2.5, 97.5)
 
@@ -43,6 +43,61 @@ def weighted_auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) ->
     return np.divide(wins, pairs, out=np.full(len(wins), np.nan), where=pairs > 0)
 
 
+def resample(
+    labels: np.ndarray,
+    logits: np.ndarray,
+    predicted: np.ndarray,
+    subjects: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, np.ndarray] | None:
+    """Score every resample of the subjects, or return None with fewer than 2 subjects or no resamples.
+
+    A resample without positives of an AU counts its F1 by the 0/0 convention; its AUC and AP are NaN, as is the AUC
+    within subjects where no drawn subject has both classes.
+
+    Args:
+        labels: `[n, A]`, 0 or 1.
+        logits: `[n, A]`.
+        predicted: `[n, A]` bool, for both F1.
+        subjects: n subject names.
+        resamples: R.
+        seed: Seed of the draws.
+
+    Returns:
+        `f1_binary`, `f1_macro`, `auc`, `auc_within_subject` and `ap`, each `[R, A]`.
+    """
+    names, member = np.unique(np.asarray(subjects), return_inverse=True)
+    if len(names) < 2 or resamples < 1:
+        return None
+    weights = subject_weights(len(names), resamples, seed)
+    truth = labels != 0
+    cells = np.stack([truth & predicted, ~truth & predicted, truth & ~predicted, ~truth & ~predicted]).astype(float)
+    per_subject = np.zeros((4, len(names), labels.shape[1]))
+    np.add.at(per_subject, (slice(None), member), cells)
+    binary, macro = f1_from_counts(np.einsum("ru,cua->cra", weights.astype(float), per_subject))
+    clip_weights = weights[:, member]
+    columns = range(labels.shape[1])
+    return {
+        "f1_binary": binary,
+        "f1_macro": macro,
+        "auc": np.stack([weighted_auc(labels[:, a], logits[:, a], clip_weights) for a in columns], axis=1),
+        "auc_within_subject": np.stack(
+            [_within(labels[:, a], logits[:, a], subjects, names, weights) for a in columns], axis=1
+        ),
+        "ap": np.stack([weighted_ap(labels[:, a], logits[:, a], clip_weights) for a in columns], axis=1),
+    }
+
+
+def _within(
+    labels: np.ndarray, logits: np.ndarray, subjects: Sequence[str], names: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    pairs = within_subject_pairs(labels, logits, subjects)
+    wins, counts = (weights @ np.array([pairs.get(name, (0.0, 0))[part] for name in names.tolist()]) for part in (0, 1))
+    return np.divide(wins, counts, out=np.full(len(weights), np.nan), where=counts > 0)
+
+
 def subject_bootstrap(
     labels: np.ndarray,
     logits: np.ndarray,
@@ -55,50 +110,36 @@ def subject_bootstrap(
 ) -> dict[str, Any] | None:
     """Return 95% percentile intervals over subjects, or None with fewer than 2 subjects or no resamples.
 
-    A resample without positives of an AU counts its F1 by the 0/0 convention and leaves its AUC out.
-
-    Args:
-        labels: `[n, A]`, 0 or 1.
-        logits: `[n, A]`, for the AUC.
-        predicted: `[n, A]` bool, for both F1.
-        subjects: n subject names.
-        aus: The A AU numbers.
-        resamples: Number of resamples.
-        seed: Seed of the draws.
+    Args: as `resample` has them, and `aus`, the A AU numbers.
 
     Returns:
-        `mean` (low and high of `f1_binary`, `f1_macro`, `auc`), `per_au` (of `f1_macro`), and how it was done.
+        `mean` (low and high of every score of `resample`), `per_au` (the same), and how it was done.
     """
-    names, member = np.unique(np.asarray(subjects), return_inverse=True)
-    if len(names) < 2 or resamples < 1:
+    samples = resample(labels, logits, predicted, subjects, resamples=resamples, seed=seed)
+    if samples is None:
         return None
-    weights = subject_weights(len(names), resamples, seed)
-    truth = labels != 0
-    cells = np.stack([truth & predicted, ~truth & predicted, truth & ~predicted, ~truth & ~predicted]).astype(float)
-    per_subject = np.zeros((4, len(names), labels.shape[1]))
-    np.add.at(per_subject, (slice(None), member), cells)
-    binary, macro = f1_from_counts(np.einsum("ru,cua->cra", weights.astype(float), per_subject))
-    clip_weights = weights[:, member]
-    areas = np.stack([weighted_auc(labels[:, a], logits[:, a], clip_weights) for a in range(len(aus))], axis=1)
-    samples = dict(zip(METRICS, (binary.mean(1), macro.mean(1), _mean_defined(areas)), strict=True))
     return {
         "level": 0.95,
         "unit": "subject",
         "resamples": resamples,
         "seed": seed,
-        "num_subjects": len(names),
-        "mean": {metric: _interval(values) for metric, values in samples.items()},
-        "per_au": {f"AU{au}": {"f1_macro": _interval(macro[:, column])} for column, au in enumerate(aus)},
+        "num_subjects": len(set(subjects)),
+        "mean": {name: interval(mean_defined(values)) for name, values in samples.items()},
+        "per_au": {
+            f"AU{au}": {name: interval(values[:, column]) for name, values in samples.items()}
+            for column, au in enumerate(aus)
+        },
     }
 
 
-def _mean_defined(areas: np.ndarray) -> np.ndarray:
+def mean_defined(areas: np.ndarray) -> np.ndarray:
     """Average `[R, A]` over the AUs that are not NaN; NaN where none is."""
     known = ~np.isnan(areas)
     total = np.where(known, areas, 0.0).sum(1)
     return np.divide(total, known.sum(1), out=np.full(len(areas), np.nan), where=known.any(1))
 
 
-def _interval(values: np.ndarray) -> list[float] | None:
+def interval(values: np.ndarray) -> list[float] | None:
+    """Return low and high of the values that are not NaN, or None if all are."""
     values = values[~np.isnan(values)]
     return [float(value) for value in np.percentile(values, PERCENTILES)] if values.size else None

@@ -11,9 +11,12 @@ from aullm_dist.config import load
 from aullm_dist.data.protocols import Fold, FoldPlan, read_folds
 from aullm_dist.errors import UserError
 from aullm_dist.evaluation.bootstrap import subject_bootstrap
+from aullm_dist.evaluation.leaky import leaky_variants
 from aullm_dist.evaluation.metrics import HEADLINE_THRESHOLD, logit_of, probability_of, summarise
+from aullm_dist.evaluation.ranking import ranking
 from aullm_dist.evaluation.tables import render
 from aullm_dist.evaluation.thresholds import choose_thresholds
+from aullm_dist.facs import AU_SETS
 from aullm_dist.files import write_text
 from aullm_dist.training.order import total_steps
 from aullm_dist.training.predictions import (
@@ -29,7 +32,7 @@ THRESHOLD_POLICY = "per fold and AU, highest f1_macro on the fold's own inner he
 
 
 def evaluate_run(
-    run_dir: Path | str, *, epoch: int | None = None, bootstrap: int = 1000, seed: int = 0
+    run_dir: Path | str, *, epoch: int | None = None, bootstrap: int = 1000, seed: int = 0, leaky: bool = False
 ) -> dict[str, Any]:
     """Score the pooled test predictions of a run and write `metrics.json`, `table.md` and `table.csv` into its folder.
 
@@ -39,6 +42,7 @@ def evaluate_run(
             training; its files bear the epoch in their names, so that they never replace the run's result.
         bootstrap: Resamples of subjects for the confidence intervals; 0 leaves them out.
         seed: Seed of the resampling.
+        leaky: Also score choices made on the test labels, as `leaky`; they change nothing else.
 
     Returns:
         The contents of `metrics.json`, in fractions.
@@ -50,15 +54,8 @@ def evaluate_run(
     run_dir = Path(run_dir)
     if bootstrap < 0 or seed < 0:
         raise UserError(f"bootstrap {bootstrap}, seed {seed}: both must be at least 0")
-    paths = find_predictions(run_dir, epoch)
-    plan = read_folds(run_dir / "folds.json")
-    files = {index: read_predictions(path) for index, path in paths.items()}
-    _check_files(files, plan)
+    plan, files, pooled = read_run(run_dir, epoch)
     aus = plan.aus
-    tests = [row for file in files.values() for row in file.rows if row.role == "test"]
-    if not tests:
-        raise UserError(f"{run_dir}: no test predictions; protocol {plan.protocol} has nothing to evaluate here")
-    pooled = pool(tests)
     predicted = pooled.logits > logit_of(HEADLINE_THRESHOLD)
     metrics = {
         "unit": "fraction",
@@ -70,7 +67,10 @@ def evaluate_run(
         "ci": subject_bootstrap(
             pooled.labels, pooled.logits, predicted, pooled.subjects, aus, resamples=bootstrap, seed=seed
         ),
+        "ranking": ranking(pooled.labels, pooled.logits, pooled.subjects, aus),
         "inner_thresholds": _score_inner(files, pooled, aus, bootstrap, seed),
+        "per_corpus": _score_corpora(pooled, aus),
+        "leaky": leaky_variants(run_dir, aus, sorted(files)) if leaky else None,
     }
     suffix = "" if epoch is None else f"-epoch-{epoch:04d}"
     outputs = {f"table{suffix}.md": "markdown", f"table{suffix}.csv": "csv", f"metrics{suffix}.json": "json"}
@@ -80,6 +80,22 @@ def evaluate_run(
         except OSError as error:
             raise UserError(f"{run_dir / name}: cannot be written ({error.strerror})") from None
     return metrics
+
+
+def read_run(run_dir: Path, epoch: int | None = None) -> tuple[FoldPlan, dict[int, PredictionFile], Pooled]:
+    """Return a run's folds, the predictions of each and its pooled test clips, all checked against each other.
+
+    Raises:
+        UserError: If predictions are missing, malformed, overlapping or not those of `folds.json`.
+    """
+    paths = find_predictions(run_dir, epoch)
+    plan = read_folds(run_dir / "folds.json")
+    files = {index: read_predictions(path) for index, path in paths.items()}
+    _check_files(files, plan)
+    tests = [row for file in files.values() for row in file.rows if row.role == "test"]
+    if not tests:
+        raise UserError(f"{run_dir}: no test predictions; protocol {plan.protocol} has nothing to evaluate here")
+    return plan, files, pool(tests)
 
 
 def inner_thresholds(files: Mapping[int, PredictionFile]) -> dict[int, np.ndarray]:
@@ -145,6 +161,21 @@ def _score_inner(
         "folds": {f"fold-{i:02d}": dict(zip(keys, v, strict=True)) for i, v in as_probability.items()},
         "folds_without_inner": [f"fold-{index:02d}" for index in sorted(files) if index not in chosen],
     }
+
+
+def _score_corpora(pooled: Pooled, aus: Sequence[int]) -> dict[str, Any] | None:
+    """Score each tested corpus on the AUs of its own set that are under test; None with one corpus."""
+    names = sorted(set(pooled.corpora))
+    if len(names) < 2:
+        return None
+    scores = {}
+    for name in names:
+        rows = np.array([corpus == name for corpus in pooled.corpora])
+        own = [column for column, au in enumerate(aus) if au in AU_SETS.get(name, aus)] or list(range(len(aus)))
+        numbers = [aus[column] for column in own]
+        part = summarise((pooled.labels[rows][:, own], pooled.logits[rows][:, own]), numbers)
+        scores[name] = {"num_clips": int(rows.sum()), "aus": numbers, **part}
+    return scores
 
 
 def _unfinished(files: Mapping[int, PredictionFile], plan: FoldPlan, run_config: Path) -> list[str]:

@@ -6,28 +6,17 @@ Text and Markdown are in percent with one decimal; CSV and JSON keep fractions a
 import csv
 import io
 import json
-import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from aullm_dist.errors import UserError
+from aullm_dist.evaluation.blocks import Block, interval_text, percent, render_blocks
+from aullm_dist.evaluation.more_tables import corpora_block, leaky_block, ranking_block
 from aullm_dist.facs import au_name
 
 FORMATS: tuple[str, ...] = ("text", "markdown", "csv", "json")
 # Named here and not taken from `metrics`, so that the command line can name the formats without numpy.
 METRICS: tuple[str, ...] = ("f1_binary", "f1_macro", "auc")
-WIDTH = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One table: sentences above it, the cells, sentences below it."""
-
-    title: tuple[str, ...]
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...]
 
 
 def render(metrics: Mapping[str, Any], fmt: str) -> str:
@@ -42,18 +31,14 @@ def render(metrics: Mapping[str, Any], fmt: str) -> str:
         return json.dumps(metrics, indent=1, allow_nan=False) + "\n"
     if fmt == "csv":
         return _render_csv(metrics)
-    blocks = [_headline_block(metrics)]
+    blocks = [_headline_block(metrics), ranking_block(metrics)]
     if metrics["inner_thresholds"]:
         blocks.append(_inner_block(metrics))
-    return "\n".join(map(_render_text if fmt == "text" else _render_markdown, blocks))
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _interval(pair: Sequence[float] | None) -> str:
-    return "-" if pair is None else f"{100 * pair[0]:.1f}-{100 * pair[1]:.1f}"
+    if metrics["per_corpus"]:
+        blocks.append(corpora_block(metrics))
+    if metrics["leaky"]:
+        blocks.append(leaky_block(metrics))
+    return render_blocks(blocks, fmt)
 
 
 def _describe(metrics: Mapping[str, Any]) -> str:
@@ -73,12 +58,12 @@ def _headline_block(metrics: Mapping[str, Any]) -> Block:
     rows = []
     for au in metrics["aus"]:
         row = per_au[f"AU{au}"]
-        interval = _interval(ci["per_au"][f"AU{au}"]["f1_macro"]) if ci else "-"
+        interval = interval_text(ci["per_au"][f"AU{au}"]["f1_macro"]) if ci else "-"
         rows.append((au_name(au), str(row["support"]), *_score_cells(row, row["floors"]), interval))
     support = str(sum(row["support"] for row in per_au.values()))
     rows.append((f"mean of {len(per_au)} AUs", support, *_score_cells(metrics["mean"], metrics["floors"]), ""))
     if ci:
-        binary, macro, area = (_interval(ci["mean"][metric]) for metric in METRICS)
+        binary, macro, area = (interval_text(ci["mean"][metric]) for metric in METRICS)
         rows.append(("95% CI of the mean", "", binary, "", macro, "", area, ""))
     return Block(
         title=("Held-out subjects, threshold fixed at 0.5 on sigmoid(logit)", _describe(metrics)),
@@ -90,11 +75,11 @@ def _headline_block(metrics: Mapping[str, Any]) -> Block:
 
 def _score_cells(scores: Mapping[str, Any], floors: Mapping[str, Any]) -> tuple[str, ...]:
     return (
-        _percent(scores["f1_binary"]),
-        _percent(floors["f1_binary"]),
-        _percent(scores["f1_macro"]),
-        _percent(floors["f1_macro"]),
-        _percent(scores["auc"]),
+        percent(scores["f1_binary"]),
+        percent(floors["f1_binary"]),
+        percent(scores["f1_macro"]),
+        percent(floors["f1_macro"]),
+        percent(scores["auc"]),
     )
 
 
@@ -102,7 +87,7 @@ def _headline_notes(metrics: Mapping[str, Any]) -> list[str]:
     random = metrics["floors"]["details"]["random"]["f1_macro"]
     notes = [
         "f1_binary: F1 of the positive class, floor = always predicting the AU. f1_macro: mean of the F1 of positives "
-        f"and of negatives, floor = never predicting the AU; random scores reach {_percent(random)}. auc: floor 50.0. "
+        f"and of negatives, floor = never predicting the AU; random scores reach {percent(random)}. auc: floor 50.0. "
         "0/0 in an F1 counts as 0.",
     ]
     empty = [key for key, row in metrics["per_au"].items() if row["support"] == 0]
@@ -126,12 +111,12 @@ def _inner_block(metrics: Mapping[str, Any]) -> Block:
     for au in metrics["aus"]:
         row = inner["per_au"][f"AU{au}"]
         span = f"{row['threshold_low']:.2f}-{row['threshold_high']:.2f}"
-        interval = _interval(ci["per_au"][f"AU{au}"]["f1_macro"]) if ci else "-"
-        rows.append((au_name(au), span, _percent(row["f1_binary"]), _percent(row["f1_macro"]), interval))
+        interval = interval_text(ci["per_au"][f"AU{au}"]["f1_macro"]) if ci else "-"
+        rows.append((au_name(au), span, percent(row["f1_binary"]), percent(row["f1_macro"]), interval))
     both = ("f1_binary", "f1_macro")
-    rows.append((f"mean of {len(inner['per_au'])} AUs", "", *(_percent(inner["mean"][name]) for name in both), ""))
+    rows.append((f"mean of {len(inner['per_au'])} AUs", "", *(percent(inner["mean"][name]) for name in both), ""))
     if ci:
-        rows.append(("95% CI of the mean", "", *(_interval(ci["mean"][name]) for name in both), ""))
+        rows.append(("95% CI of the mean", "", *(interval_text(ci["mean"][name]) for name in both), ""))
     notes = [
         "Floors and auc do not depend on thresholds: see the table above. An AU that the inner subjects show in one "
         "class only keeps 0.5."
@@ -146,32 +131,11 @@ def _inner_block(metrics: Mapping[str, Any]) -> Block:
     )
 
 
-def _render_text(block: Block) -> str:
-    table = [block.header, *block.rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(block.header))]
-    lines = [line for sentence in block.title for line in textwrap.wrap(sentence, WIDTH)]
-    for position, row in enumerate(table):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-        if position == 0:
-            lines.append("-" * len("  ".join(cells)))
-    lines += [line for sentence in block.notes for line in textwrap.wrap(sentence, WIDTH)]
-    return "\n".join(lines) + "\n"
-
-
-def _render_markdown(block: Block) -> str:
-    lines = [f"### {block.title[0]}", "", *(f"{sentence}\n" for sentence in block.title[1:])]
-    lines.append(f"| {' | '.join(block.header)} |")
-    lines.append(f"|---|{'---:|' * (len(block.header) - 1)}")
-    lines += [f"| {' | '.join(row)} |" for row in block.rows]
-    lines += ["", *(f"{sentence}  " for sentence in block.notes)]
-    return "\n".join(lines) + "\n"
-
-
 _CSV_HEADER = (
     "thresholds", "unit", "au", "name", "support", "negatives", "f1_binary", "f1_binary_floor", "f1_binary_low",
     "f1_binary_high", "f1_macro", "f1_macro_floor", "f1_macro_low", "f1_macro_high", "auc", "auc_floor", "auc_low",
-    "auc_high",
+    "auc_high", "auc_within_subject", "auc_within_subject_low", "auc_within_subject_high", "ap", "ap_floor", "ap_low",
+    "ap_high", "brier", "brier_floor", "ece",
 )  # fmt: skip
 
 
@@ -188,10 +152,14 @@ def _render_csv(metrics: Mapping[str, Any]) -> str:
             shared = metrics["per_au"][key]
             counts = {"support": shared["support"], "negatives": shared["negatives"]}
             cells = _csv_scores(scores["per_au"][key], shared["floors"], ci["per_au"].get(key, {}))
+            if scores is metrics:
+                cells |= _csv_ranking(metrics["ranking"]["per_au"][key], ci["per_au"].get(key, {}))
             writer.writerow(
                 {"thresholds": policy, "unit": "fraction", "au": au, "name": au_name(au), **counts, **cells}
             )
         cells = _csv_scores(scores["mean"], metrics["floors"], ci["mean"])
+        if scores is metrics:
+            cells |= _csv_ranking(metrics["ranking"]["mean"], ci["mean"])
         writer.writerow({"thresholds": policy, "unit": "fraction", "au": "mean", "name": "mean over AUs", **cells})
     return stream.getvalue()
 
@@ -203,3 +171,10 @@ def _csv_scores(scores: Mapping[str, Any], floors: Mapping[str, Any], ci: Mappin
         values = {"": scores[metric], "_floor": floors[metric], "_low": low, "_high": high}
         cells.update({f"{metric}{end}": "" if value is None else f"{value:.6f}" for end, value in values.items()})
     return cells
+
+
+def _csv_ranking(scores: Mapping[str, Any], ci: Mapping[str, Any]) -> dict[str, str]:
+    values = {name: scores[name] for name in ("auc_within_subject", "ap", "ap_floor", "brier", "brier_floor", "ece")}
+    for name in ("auc_within_subject", "ap"):
+        values[f"{name}_low"], values[f"{name}_high"] = ci.get(name) or (None, None)
+    return {name: "" if value is None else f"{value:.6f}" for name, value in values.items()}

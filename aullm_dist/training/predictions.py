@@ -47,10 +47,11 @@ class PredictionFile:
 
 @dataclass(frozen=True, slots=True)
 class Pooled:
-    """Clips of any folds, ordered by sample id: ids, subjects and folds of n clips, labels and logits `[n, A]`."""
+    """Clips of any folds, ordered by sample id: names and folds of n clips, labels and logits `[n, A]`."""
 
     sample_ids: tuple[str, ...]
     subjects: tuple[str, ...]
+    corpora: tuple[str, ...]
     folds: tuple[int, ...]
     labels: np.ndarray
     logits: np.ndarray
@@ -114,8 +115,7 @@ def find_predictions(run_dir: Path, epoch: int | None = None) -> dict[int, Path]
         match = _FOLD_NAME.fullmatch(folder.name)
         if not match:
             continue
-        files = sorted((folder / "predictions").glob("epoch-*.jsonl"))
-        epochs = {int(hit[1]): path for path in files if (hit := _FILE_NAME.fullmatch(path.name))}
+        epochs = find_epochs(run_dir, int(match[1]))
         if not epochs:
             continue
         wanted = max(epochs) if epoch is None else epoch
@@ -126,6 +126,12 @@ def find_predictions(run_dir: Path, epoch: int | None = None) -> dict[int, Path]
     if not found:
         raise UserError(f"{run_dir}: no fold-*/predictions/epoch-*.jsonl; train first, or name the run folder itself")
     return found
+
+
+def find_epochs(run_dir: Path, fold: int) -> dict[int, Path]:
+    """Return the prediction files of a fold by epoch."""
+    files = sorted(prediction_path(run_dir, fold, 0).parent.glob("epoch-*.jsonl"))
+    return {int(hit[1]): path for path in files if (hit := _FILE_NAME.fullmatch(path.name))}
 
 
 def pool(rows: Iterable[Prediction]) -> Pooled:
@@ -141,6 +147,7 @@ def pool(rows: Iterable[Prediction]) -> Pooled:
     return Pooled(
         sample_ids=tuple(row.sample_id for row in ordered),
         subjects=tuple(row.subject for row in ordered),
+        corpora=tuple(row.corpus for row in ordered),
         folds=tuple(row.fold for row in ordered),
         labels=np.array([row.labels for row in ordered], dtype=np.int64),
         logits=np.array([row.logits for row in ordered], dtype=np.float64),

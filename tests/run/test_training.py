@@ -9,6 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import checkpoint_tensors, launch, logits, newest_checkpoint, overrides, scalars, train_here
 
+from aullm_dist.cli import main
 from aullm_dist.data.prepare import prepare
 from aullm_dist.data.synthetic import SyntheticSpec, write_corpus
 from aullm_dist.evaluation.evaluate import evaluate_run
@@ -180,6 +181,33 @@ def test_cross_domain_trains_on_one_corpus_and_tests_on_the_other(tiny_dataset, 
     assert all(name.startswith("casme2/") for name in fold["train"] + fold["inner"])
 
 
+def test_folds_of_a_file_and_of_several_corpora_train_and_evaluate(tiny_dataset, tiny_llm, tmp_path):
+    """Leave one dataset out, as a protocol and from its own JSON: the same folds, the same answers."""
+    spec = SyntheticSpec(corpus="mmew", subjects=3, clips_per_subject=3, num_frames=(8, 12), frame_size=(64, 64))
+    write_corpus(spec, tmp_path / "corpus")
+    prepare("mmew", tmp_path / "corpus", tmp_path / "mmew", size=64, num_workers=1)
+    both = json.dumps([str(tiny_dataset), str(tmp_path / "mmew")])
+    plan = tmp_path / "folds.json"
+    assert main(["folds", "lodo", str(tiny_dataset), str(tmp_path / "mmew"), "--out", str(plan)]) == 0
+    named, read = tmp_path / "named", tmp_path / "read"
+    common = {"data__train": both, "data__fold": None, "data__inner_fraction": 0.15, "training__max_steps": 1}
+    assert train_here(*overrides(tiny_dataset, tiny_llm, named, **{**common, "data__protocol": "lodo"})) == 0
+    assert (
+        train_here(
+            *overrides(tiny_dataset, tiny_llm, read, **{**common, "data__fold": 1, "data__folds_file": str(plan)})
+        )
+        == 0
+    )
+    assert (named / "folds.json").read_bytes() == (read / "folds.json").read_bytes() == plan.read_bytes()
+    assert logits(named, 1) == logits(read, 1)
+    metrics = json.loads((named / "metrics.json").read_text())
+    assert metrics["aus"] == [1, 2, 4, 5, 6, 7, 9, 10, 12, 14, 15, 17]
+    assert {name: part["num_clips"] for name, part in metrics["per_corpus"].items()} == {"casme2": 24, "mmew": 9}
+    assert "Each corpus on its own" in (named / "table.md").read_text()
+    report = json.loads((named / "stratification.json").read_text())
+    assert [fold["test"]["clips"] for fold in report["folds"]] == [24, 9]
+
+
 def test_the_baseline_is_trained_on_the_same_folds(tiny_dataset, tiny_llm, tmp_path, capsys):
     run = tmp_path / "run"
     assert train_here(*overrides(tiny_dataset, tiny_llm, run, training__baseline=True, training__max_steps=1)) == 0
@@ -200,26 +228,40 @@ def test_protocol_all_trains_on_everything_and_keeps_inner_answers(tiny_dataset,
     assert set(thresholds) == {f"AU{au}" for au in (1, 2, 4, 7, 12, 14, 15, 17)}
 
 
-def _with_other_test_labels(dataset, run, folder):
-    """Copy a prepared dataset with the labels of fold 0's test clips replaced by their complement."""
+def _with_other_test_labels(dataset, run, folder, how):
+    """Copy a prepared dataset with the labels of fold 0's test clips permuted or deleted."""
     test = set(json.loads((run / "folds.json").read_text())["folds"][0]["test"])
     assert test
-    aus = {1, 2, 4, 7, 12, 14, 15, 17}
-    changed = datasets.load_from_disk(str(dataset)).map(
-        lambda row: {"aus": sorted(aus - set(row["aus"]))} if row["sample_id"] in test else row,
-        keep_in_memory=True,
-    )
+    rows = datasets.load_from_disk(str(dataset))
+    labels = dict(zip(rows["sample_id"], rows["aus"], strict=True))
+    before = {name: labels[name] for name in labels if name in test}
+    if how == "permuted":
+        after = dict(zip(before, [*list(before.values())[1:], next(iter(before.values()))], strict=True))
+    else:
+        after = {name: [] for name in before}
+    assert after != before
+    changed = rows.map(lambda row: {"aus": after.get(row["sample_id"], row["aus"])}, keep_in_memory=True)
     changed.save_to_disk(str(folder))
     return folder
 
 
-def test_labels_of_the_test_fold_change_no_training_artefact(tiny_dataset, tiny_llm, tmp_path):
+@pytest.fixture(scope="module")
+def fitted(tiny_dataset, tiny_llm, tmp_path_factory):
+    """A run that fits all that a run can fit, with the true labels."""
+    run = tmp_path_factory.mktemp("fitted") / "run"
+    assert train_here(*overrides(tiny_dataset, tiny_llm, run, **FITTED)) == 0
+    return run
+
+
+FITTED = {"training__max_steps": 4, "model__training_statistics": True}
+
+
+@pytest.mark.parametrize("how", ["permuted", "deleted"])
+def test_labels_of_the_test_fold_change_no_training_artefact(fitted, tiny_dataset, tiny_llm, tmp_path, how):
     """Prior statistics, weights, optimizer and the thresholds' own answers must not know the test labels."""
-    first, second = tmp_path / "first", tmp_path / "second"
-    changes = {"training__max_steps": 4, "model__training_statistics": True}
-    assert train_here(*overrides(tiny_dataset, tiny_llm, first, **changes)) == 0
-    other = _with_other_test_labels(tiny_dataset, first, tmp_path / "other")
-    assert train_here(*overrides(other, tiny_llm, second, **changes)) == 0
+    first, second = fitted, tmp_path / "second"
+    other = _with_other_test_labels(tiny_dataset, first, tmp_path / "other", how)
+    assert train_here(*overrides(other, tiny_llm, second, **FITTED)) == 0
     expected, found = (checkpoint_tensors(newest_checkpoint(run)) for run in (first, second))
     assert expected.keys() == found.keys()
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())

@@ -167,10 +167,12 @@ def test_text_table_is_aligned_percent_within_100_columns(tmp_path):
     assert "Without a positive clip: AU45." in text
     widest = {f"AU{au}": {**metrics["per_au"]["AU4"], "support": 1000} for au in (12, 15)}
     full = {
-        "mean": dict.fromkeys(metrics["mean"], (1.0, 1.0)),
+        "mean": dict.fromkeys(metrics["ci"]["mean"], (1.0, 1.0)),
         "per_au": dict.fromkeys(widest, {"f1_macro": (1.0, 1.0)}),
     }
-    extreme = {**metrics, "aus": [12, 15], "per_au": widest, "ci": {**metrics["ci"], **full}, "inner_thresholds": None}
+    ranks = {"mean": metrics["ranking"]["mean"], "per_au": dict.fromkeys(widest, metrics["ranking"]["per_au"]["AU4"])}
+    extreme = {**metrics, "aus": [12, 15], "per_au": widest, "ci": {**metrics["ci"], **full}, "ranking": ranks}
+    extreme["inner_thresholds"] = None
     assert max(map(len, render(extreme, "text").splitlines())) <= 100
     assert "thresholds chosen per fold and AU on inner held-out training subjects" in text
 
