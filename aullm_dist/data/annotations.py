@@ -24,12 +24,12 @@ ALLOWED = (
 )
 
 _EMPTY = {"", "/", "-"}
-_WHOLE_NUMBER = re.compile(r"\d{1,2}\.0+")
+_WHOLE_NUMBER = re.compile(r"[0-9]{1,2}\.0+")
 _STATIC_SPACED = re.compile(r"\(\s*k\s*\)", re.IGNORECASE)
 _OR = re.compile(r"(?<![A-Za-z])or(?![A-Za-z])", re.IGNORECASE)
 _SEPARATORS = re.compile(r"[+,;&|\s]+")
 _TOKEN = re.compile(
-    r"(?:AU)?(?P<side>[LRUABTMW])?(?P<number>\d{1,2})(?P<intensity>[A-E])?(?P<marks>(?:\?|\(K\))*)", re.IGNORECASE
+    r"(?:AU)?(?P<side>[LRUABTMW])?(?P<number>[0-9]{1,2})(?P<intensity>[A-E])?(?P<marks>(?:\?|\(K\))*)", re.IGNORECASE
 )
 _MARKS = re.compile(r"(?:\?|\(K\))+", re.IGNORECASE)
 _LETTERS = {"A", "B", "C", "D", "E", "L", "R", "U", "T", "M", "W", "AU"}
@@ -101,6 +101,13 @@ def _cell_text(cell: object) -> str:
     if cell is None:
         return ""
     if isinstance(cell, str):
+        for character in cell:
+            # NFKC would make 42 of a 4 with a raised 2, and 1/2 of a half sign.
+            full_width = "\uff10" <= character <= "\uff19"
+            if not (character.isascii() or full_width) and any(
+                map(str.isdigit, unicodedata.normalize("NFKC", character))
+            ):
+                raise _error(cell, f"{character!r} is no digit that an AU is written with")
         text = unicodedata.normalize("NFKC", cell).replace("\u3001", ",")
         text = _STATIC_SPACED.sub("(k)", text).strip()
         # A number cell that was saved as text: "4.0" is AU4, as the number 4.0 is.

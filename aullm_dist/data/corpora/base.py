@@ -134,7 +134,8 @@ def _raw_clip(spec: CorpusSpec, columns: Columns, table: Table, row: Row) -> Raw
     if clip is None:
         problems.append(f"column {columns.clip}: {clip_text!r:.60}; allowed: the name of a clip folder")
     if subject is None:
-        problems.append(f"column {columns.subject}: {subject_text!r:.60}; allowed: {spec.subject_form}")
+        column, text = (columns.clip, clip_text) if spec.subject_in_clip else (columns.subject, subject_text)
+        problems.append(f"column {column}: {text!r:.60}; allowed: {spec.subject_form}")
     frames = []
     for column in (columns.onset, columns.apex, columns.offset):
         number, problem = _frame_number(row[column])

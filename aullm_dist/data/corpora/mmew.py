@@ -38,6 +38,7 @@ SPEC = CorpusSpec(
     clip_folders=("{emotion}/{clip}",),
     emotion_folders={"others": ("others", "repression")},
     subject_of=_subject_of,
+    subject_in_clip=True,
     subject_form="a clip whose name starts with its subject, such as S01-07-001",
     errata=tuple(
         Erratum(row, apex=apex, offset=offset) for row, apex, offset in zip(_ROWS, _APEXES, _OFFSETS, strict=True)

@@ -189,6 +189,8 @@ class CorpusSpec:
     subject_of: Callable[[str, str], str | None]
     """Subject from the texts of the subject and the clip cell, or None where they name none of this corpus."""
     subject_form: str
+    subject_in_clip: bool = False
+    """Whether the subject stands in the clip's name; the subject cell is then not read."""
     clip_of: Callable[[str], str | None] = clip_part
     clip_like: str = ""
     """Regular expression that clip names begin with, to tell the corpus's sheet from another's with equal columns."""
