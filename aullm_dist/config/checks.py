@@ -8,7 +8,8 @@ from aullm_dist.errors import UserError
 
 _POSITIVE = (
     "model.suffix_multiple model.llm_hidden model.llm_layers model.lora_alpha model.evidence_heads model.graph_width "
-    "model.graph_heads model.graph_layers data.synthetic_clips data.synthetic_amplitude training.epochs "
+    "model.graph_heads model.graph_layers data.shuffle_buffer "
+    "data.synthetic_clips data.synthetic_amplitude training.epochs "
     "training.global_batch training.micro_batch training.lr_lora training.lr_new training.lr_led training.clip_norm "
     "training.max_bad_steps training.evaluate_every_epochs training.keep_checkpoints monitor.log_every_steps"
 ).split()

@@ -94,6 +94,12 @@ class DataConfig:
     """Random temporal cut, small shift and gain of training clips."""
     shuffle_labels: bool = False
     """Negative control: gives each training clip the labels of another. Scores must then fall to the floors."""
+    streaming: bool = False
+    """Read training clips in a shuffled stream from Parquet files (`aullm-dist prepare --format parquet`) and not by
+    random access: for corpora on slow or remote disks. The order then depends on the number of processes, and one
+    loader process reads it, whatever `workers` says."""
+    shuffle_buffer: int = 256
+    """Clips of a stream that are shuffled together, and held in memory by each loader process."""
     workers: int = 2
     """Loader processes per rank; 0 loads in the training process."""
     synthetic_corpus: Literal["casme2", "samm", "4dme", "casme", "mmew", "casme3a", "casme3c"] = "casme2"

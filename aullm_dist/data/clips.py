@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from aullm_dist.data.protocols import SampleInfo
+from aullm_dist.data.tables import ClipTable, open_part, parquet_files
 from aullm_dist.errors import UserError
-
-_COLUMNS = set("sample_id corpus subject aus num_frames height width frame_numbers frames".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +39,19 @@ class ClipStore:
     """
 
     def __init__(self, folders: Sequence[str | Path], size: int) -> None:
-        import datasets
-
         self._folders = tuple(map(Path, folders))
-        parts = [_open(folder) for folder in self._folders]
+        parts = [open_part(folder) for folder in self._folders]
         for folder, part in zip(self._folders, parts, strict=True):
             if (part[0]["height"], part[0]["width"]) != (size, size):
                 raise UserError(
                     f"{folder}: clips are {part[0]['width']}x{part[0]['height']} pixels, data.size is {size}; "
                     f"set data.size or prepare again with --size {size}"
                 )
-        self.corpora: tuple[frozenset[str], ...] = tuple(frozenset(part.unique("corpus")) for part in parts)
-        self._table = datasets.concatenate_datasets(parts)
-        self.samples = _samples_of(self._table, folders)
+        infos = [_samples_of(part) for part in parts]
+        self.corpora: tuple[frozenset[str], ...] = tuple(frozenset(info.corpus for info in part) for part in infos)
+        self._table = ClipTable(parts)
+        self._folder_of = [folder for folder, part in zip(self._folders, infos, strict=True) for _ in part]
+        self.samples = _joined(infos, folders)
         self._rows = {sample.sample_id: row for row, sample in enumerate(self.samples)}
 
     @property
@@ -67,6 +66,18 @@ class ClipStore:
                 digest.update(str(json.loads(report.read_text(encoding="utf-8")).get("fingerprint")).encode())
         return digest.hexdigest()
 
+    def parquet_of(self, sample_ids: Sequence[str]) -> list[Path]:
+        """Return the Parquet files of the folders that hold `sample_ids`.
+
+        Raises:
+            UserError: one of the folders was not prepared as Parquet.
+        """
+        folders = dict.fromkeys(self._folder_of[self._rows[name]] for name in sample_ids)
+        for folder in folders:
+            if not parquet_files(folder):
+                raise UserError(f"{folder}: data.streaming needs Parquet; prepare the corpus with --format parquet")
+        return [file for folder in folders for file in parquet_files(folder)]
+
     def view(self, sample_ids: Sequence[str]) -> "ClipView":
         """Return the part of the store that holds `sample_ids`, in that order."""
         return ClipView(self._table.select([self._rows[i] for i in sample_ids]), [self._info(i) for i in sample_ids])
@@ -75,35 +86,15 @@ class ClipStore:
         return self.samples[self._rows[sample_id]]
 
 
-def _open(folder: Path) -> Any:
-    """Open a prepared dataset.
-
-    Raises:
-        UserError: it is missing, damaged, empty, or lacks a column.
-    """
-    import datasets
-    import pyarrow
-
-    if not (folder / "dataset_info.json").is_file():
-        raise UserError(f"{folder}: no prepared dataset; write one with aullm-dist prepare CORPUS --out DIR")
-    try:
-        part = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}: damaged ({first_line}); prepare the corpus again") from error
-    missing = _COLUMNS - set(part.column_names)
-    if missing:
-        raise UserError(f"{folder}: column {sorted(missing)[0]!r} is missing; prepare the corpus again")
-    if len(part) == 0:
-        raise UserError(f"{folder}: holds no clip; see its report.json for what was skipped and why")
-    return part
-
-
-def _samples_of(table: Any, folders: Sequence[str | Path]) -> tuple[SampleInfo, ...]:
-    samples = tuple(
+def _samples_of(part: Any) -> tuple[SampleInfo, ...]:
+    return tuple(
         SampleInfo(sample_id=row["sample_id"], subject=row["subject"], corpus=row["corpus"], aus=tuple(row["aus"]))
-        for row in table.select_columns(["sample_id", "subject", "corpus", "aus"])
+        for row in part.info()
     )
+
+
+def _joined(infos: Sequence[tuple[SampleInfo, ...]], folders: Sequence[str | Path]) -> tuple[SampleInfo, ...]:
+    samples = tuple(sample for part in infos for sample in part)
     if len({sample.sample_id for sample in samples}) != len(samples):
         raise UserError(f"{folders[-1]}: a sample id occurs twice over the given datasets; name each dataset once")
     return samples
@@ -115,15 +106,20 @@ def read_samples(folders: Sequence[str | Path]) -> tuple[SampleInfo, ...]:
     Raises:
         UserError: a folder is missing, is no prepared dataset, or a sample id occurs twice.
     """
-    import datasets
+    return _joined([_samples_of(open_part(Path(folder))) for folder in folders], folders)
 
-    return _samples_of(datasets.concatenate_datasets([_open(Path(folder)) for folder in folders]), folders)
+
+def clip_of_row(row: Mapping[str, Any]) -> Clip:
+    """Decode one row of a prepared dataset."""
+    shape = (row["num_frames"], row["height"], row["width"])
+    frames = np.frombuffer(row["frames"], dtype=np.uint8).reshape(shape)
+    return Clip(row["sample_id"], frames, np.asarray(row["frame_numbers"], dtype=np.int64))
 
 
 class ClipView:
     """A fixed set of clips with their labels; nothing outside the set can be reached through it."""
 
-    def __init__(self, table: object, samples: Sequence[SampleInfo]) -> None:
+    def __init__(self, table: ClipTable, samples: Sequence[SampleInfo]) -> None:
         self._table = table
         self.samples = tuple(samples)
 
@@ -132,10 +128,7 @@ class ClipView:
 
     def clip(self, index: int) -> Clip:
         """Decode clip `index` of this view."""
-        row = self._table[index]
-        shape = (row["num_frames"], row["height"], row["width"])
-        frames = np.frombuffer(row["frames"], dtype=np.uint8).reshape(shape)
-        return Clip(row["sample_id"], frames, np.asarray(row["frame_numbers"], dtype=np.int64))
+        return clip_of_row(self._table[index])
 
     def labels(self, aus: Sequence[int]) -> np.ndarray:
         """Return `[N, A]` float32, 1 where the AU is active."""

@@ -25,6 +25,7 @@ from aullm_dist.data.corpora.explain import as_json, explain
 from aullm_dist.data.frames import CROPS
 from aullm_dist.data.matching import plan_clips
 from aullm_dist.data.shards import BadClips, ShardTask, run_shard, shard_key, shard_paths
+from aullm_dist.data.tables import write_parquet
 from aullm_dist.errors import UserError
 from aullm_dist.log import get_logger
 
@@ -32,6 +33,7 @@ __all__ = ["REPORT_NAME", "prepare"]
 
 REPORT_NAME = "report.json"
 
+FORMATS = ("arrow", "parquet")
 _MAX_SIZE = 2048
 # Small enough that an interruption costs seconds and the progress moves, large enough that files stay few.
 _CLIPS_PER_SHARD = 8
@@ -52,6 +54,7 @@ def prepare(
     crop: str = "none",
     bad_clips: BadClips = "stop",
     num_workers: int | None = None,
+    fmt: str = "arrow",
     errata: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, object]:
@@ -67,6 +70,7 @@ def prepare(
             keeps a clip with the frames that exist (at least 2) and skips the rest; "skip" leaves out every clip with
             a defect.
         num_workers: Processes; None for as many as the CPUs and the work allow, 1 for none beside this one.
+        fmt: "arrow", files that are mapped into memory, or "parquet", files that can also be streamed.
         errata: Frozen corrections to use in place of the published row numbers; see `corpora.errata`.
         progress: Called with (clips done, clips in all).
 
@@ -77,6 +81,8 @@ def prepare(
         UserError: Bad arguments, bad input under "stop", or `out` is taken.
     """
     _check_arguments(corpus, size, crop, bad_clips, num_workers)
+    if fmt not in FORMATS:
+        raise UserError(f"--format {fmt}: allowed: {', '.join(FORMATS)}")
     out = Path(out).expanduser().absolute()
     if out.resolve().is_relative_to(Path(root).expanduser().resolve()):
         raise UserError(
@@ -88,7 +94,8 @@ def prepare(
     groups = [plans[start : start + _CLIPS_PER_SHARD] for start in range(0, len(plans), _CLIPS_PER_SHARD)]
     keys = [shard_key(group, size=size, crop=crop, bad_clips=bad_clips) for group in groups]
     notes = [*index.notes, *notes]
-    fingerprint = hashlib.sha256(json.dumps([corpus, keys, [str(note) for note in notes]]).encode()).hexdigest()
+    told = [str(note) for note in notes] + ([fmt] if fmt != "arrow" else [])
+    fingerprint = hashlib.sha256(json.dumps([corpus, keys, told]).encode()).hexdigest()
     if previous is not None:
         if previous.get("fingerprint") == fingerprint:
             return {**previous, "already_prepared": True}
@@ -114,7 +121,7 @@ def prepare(
         raise UserError(
             f"{work}: a worker process died, often for lack of memory; finished work is kept: try --workers 1"
         ) from error
-    _publish([shard_paths(shards, key)[0] for key in keys], report, work, out)
+    _publish([shard_paths(shards, key)[0] for key in keys], report, work, out, fmt)
     return {**report, "already_prepared": False}
 
 
@@ -253,24 +260,31 @@ def _nothing_left(index: CorpusIndex, notes: Sequence[Note]) -> UserError:
     )
 
 
-def _publish(shards: Sequence[Path], report: dict[str, object], work: Path, out: Path) -> None:
+def _publish(shards: Sequence[Path], report: dict[str, object], work: Path, out: Path, fmt: str) -> None:
     """Join the shards into one dataset beside them and rename it to `out`."""
-    import datasets
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
     final = work / "dataset"
     shutil.rmtree(final, ignore_errors=True)
-    bars_were_off = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        joined = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in shards])
-        joined.save_to_disk(str(final))
-    finally:
-        if not bars_were_off:
-            enable_progress_bars()
+    if fmt == "parquet":
+        write_parquet(shards, final)
+    else:
+        _save_arrow(shards, final)
     (final / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
     try:
         os.rename(final, out)
     except OSError as error:
         raise UserError(f"{out}: cannot be put in place ({error.strerror}); the finished dataset is {final}") from error
     shutil.rmtree(work)
+
+
+def _save_arrow(shards: Sequence[Path], folder: Path) -> None:
+    import datasets
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    bars_were_off = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        joined = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in shards])
+        joined.save_to_disk(str(folder))
+    finally:
+        if not bars_were_off:
+            enable_progress_bars()

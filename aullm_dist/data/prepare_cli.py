@@ -39,6 +39,9 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write the corrections that fit this sheet, by clip; no --out needed",
     )
+    parser.add_argument(
+        "--format", default="arrow", metavar="KIND", help="arrow: mapped into memory; parquet: can also be streamed"
+    )
     parser.add_argument("--workers", type=int, default=None, metavar="N", help="processes (one per CPU where it pays)")
 
 
@@ -105,9 +108,11 @@ def _prepare(args: argparse.Namespace) -> None:
             crop=args.crop,
             bad_clips=args.bad_clips,
             num_workers=args.workers,
+            fmt=args.format,
             errata=args.errata,
             progress=show,
         )
     print(render_report(report))
     state = "already prepared" if report["already_prepared"] else "written"
-    print(f"\n{state}: {args.out} (datasets.load_from_disk); report: {args.out / 'report.json'}")
+    how = "datasets.load_from_disk" if args.format == "arrow" else "Parquet"
+    print(f"\n{state}: {args.out} ({how}); report: {args.out / 'report.json'}")

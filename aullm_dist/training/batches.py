@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from aullm_dist.data.clips import ClipView, augment, sample_frames
+from aullm_dist.data.clips import Clip, ClipView, augment, sample_frames
 from aullm_dist.model.counterfactual import Chances, change_appearance, draw_interventions, remove_movement
 from aullm_dist.training.order import BatchPlan, SampleStream, generator
 
@@ -109,7 +109,11 @@ class Batch:
 
 def make_sample(view: ClipView, index: int, label: np.ndarray, recipe: ClipRecipe, epoch: int) -> Sample:
     """Decode clip `index`, augment it and draw its interventions for `epoch`."""
-    clip = view.clip(index)
+    return sample_of_clip(view.clip(index), label, recipe, epoch)
+
+
+def sample_of_clip(clip: Clip, label: np.ndarray, recipe: ClipRecipe, epoch: int) -> Sample:
+    """Augment a decoded clip and draw its interventions for `epoch`."""
     rng = generator(recipe.seed, "clip", epoch, clip.sample_id)
     cut = tuple(rng.uniform(0.0, recipe.cut_fraction, size=2)) if recipe.cut_fraction else (0.0, 0.0)
     frames = sample_frames(clip, recipe.num_frames, cut)

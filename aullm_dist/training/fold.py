@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -20,7 +21,7 @@ from aullm_dist.data.protocols import Fold
 from aullm_dist.files import write_text
 from aullm_dist.log import all_loggers, get_logger
 from aullm_dist.model.aullm import Ablation
-from aullm_dist.training.batches import training_loader
+from aullm_dist.training.batches import collate, training_loader
 from aullm_dist.training.build import BuiltModel, evaluation_recipe, training_recipe
 from aullm_dist.training.checkpoint import read_checkpoint, save_checkpoint
 from aullm_dist.training.context import on_main, together
@@ -32,6 +33,7 @@ from aullm_dist.training.order import BatchPlan, SampleStream, generator, total_
 from aullm_dist.training.predictions import Prediction, prediction_path, write_predictions, zeroed_path
 from aullm_dist.training.retention import find_newest_valid, rotate
 from aullm_dist.training.step import LossLog, TrainStep
+from aullm_dist.training.streaming import StreamedBatches
 
 logger = get_logger(__name__)
 
@@ -96,6 +98,7 @@ class FoldTrainer:
         # The loop below only ever sees these views: the training view cannot reach an inner or a test clip.
         self.train_view = store.view(fold.train)
         self.inner_view, self.test_view = store.view(fold.inner), store.view(fold.test)
+        self.parquet = store.parquet_of(fold.train) if config.data.streaming else []
         training = config.training
         self.stream = SampleStream(len(self.train_view), training.seed)
         self.plan = BatchPlan(
@@ -134,16 +137,7 @@ class FoldTrainer:
             monitor.close()
 
     def _train(self, monitor: Monitor, first_step: int) -> None:
-        loader = training_loader(
-            self.train_view,
-            self._training_labels(),
-            training_recipe(self.config, self.built),
-            self.stream,
-            self.plan,
-            (first_step, self.total_steps),
-            self.config.data.workers,
-            pin=self.accelerator.device.type == "cuda",
-        )
+        loader = self._loader(first_step)
         bar = tqdm(
             total=self.total_steps,
             initial=first_step,
@@ -180,6 +174,22 @@ class FoldTrainer:
                 if self._saves_at(done):
                     self._save(done)
                     rate.restart()
+
+    def _loader(self, first_step: int) -> DataLoader:
+        data, labels = self.config.data, self._training_labels()
+        recipe, steps = training_recipe(self.config, self.built), (first_step, self.total_steps)
+        pin = self.accelerator.device.type == "cuda"
+        if not data.streaming:
+            return training_loader(
+                self.train_view, labels, recipe, self.stream, self.plan, steps, data.workers, pin=pin
+            )
+        by_name = {sample.sample_id: row for sample, row in zip(self.train_view.samples, labels, strict=True)}
+        batches = StreamedBatches(
+            self.parquet, by_name, recipe, self.plan, steps, seed=self.config.training.seed, buffer=data.shuffle_buffer
+        )
+        return DataLoader(
+            batches, batch_size=None, collate_fn=collate, num_workers=min(data.workers, 1), pin_memory=pin
+        )
 
     def _training_labels(self) -> np.ndarray:
         labels = self.train_view.labels(self.aus)

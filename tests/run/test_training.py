@@ -208,6 +208,24 @@ def test_folds_of_a_file_and_of_several_corpora_train_and_evaluate(tiny_dataset,
     assert [fold["test"]["clips"] for fold in report["folds"]] == [24, 9]
 
 
+def test_a_run_on_streamed_clips_resumes_bit_for_bit(tiny_llm, tmp_path):
+    spec = SyntheticSpec(corpus="casme", subjects=4, clips_per_subject=3, num_frames=(6, 8), frame_size=(64, 64))
+    write_corpus(spec, tmp_path / "corpus")
+    prepare("casme", tmp_path / "corpus", tmp_path / "casme", size=64, num_workers=1, fmt="parquet")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    changes = {"data__streaming": True, "data__shuffle_buffer": 4, "training__max_steps": 4}
+    steps = {"training__save_every_steps": 2, "training__keep_checkpoints": 5}
+    assert train_here(*overrides(tmp_path / "casme", tiny_llm, whole, **changes, **steps)) == 0
+    shutil.copytree(whole, cut)
+    shutil.rmtree(newest_checkpoint(cut))
+    (prediction,) = find_predictions(cut).values()
+    prediction.unlink()
+    assert train_here(*overrides(tmp_path / "casme", tiny_llm, cut, **changes, **steps), "--resume", "auto") == 0
+    expected, found = (checkpoint_tensors(newest_checkpoint(run)) for run in (whole, cut))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert logits(whole) == logits(cut)
+
+
 def test_the_baseline_is_trained_on_the_same_folds(tiny_dataset, tiny_llm, tmp_path, capsys):
     run = tmp_path / "run"
     assert train_here(*overrides(tiny_dataset, tiny_llm, run, training__baseline=True, training__max_steps=1)) == 0

@@ -1,0 +1,171 @@
+"""Prepared clips on disk as rows, whether they lie in Arrow or in Parquet files; nothing is held but an index.
+
+Arrow files (`datasets.save_to_disk`) are mapped into memory. Parquet files hold one clip per row group, so that a clip
+is read alone, and can be streamed in order from anywhere that `datasets` reads.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from aullm_dist.errors import UserError
+
+__all__ = ["ClipTable", "open_part", "parquet_files", "read_rows", "write_parquet"]
+
+_COLUMNS = set("sample_id corpus subject aus num_frames height width frame_numbers frames".split())
+_INFO = ["sample_id", "subject", "corpus", "aus", "height", "width"]
+# Files enough to divide among the processes of a large run, few enough to list.
+CLIPS_PER_FILE = 64
+
+
+class _Part(Protocol):
+    """One prepared dataset."""
+
+    column_names: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> dict[str, Any]: ...
+
+    def info(self) -> Iterator[dict[str, Any]]:
+        """Yield what is known of each clip besides its frames."""
+        ...
+
+
+class _ArrowPart:
+    def __init__(self, folder: Path) -> None:
+        import datasets
+
+        self._dataset = datasets.load_from_disk(str(folder))
+        self.column_names = self._dataset.column_names
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self._dataset[row]
+
+    def info(self) -> Iterator[dict[str, Any]]:
+        yield from self._dataset.select_columns(_INFO)
+
+
+class _ParquetPart:
+    def __init__(self, folder: Path) -> None:
+        import pyarrow.parquet as pq
+
+        self._files = parquet_files(folder)
+        first = pq.ParquetFile(self._files[0])
+        self.column_names = first.schema_arrow.names
+        groups = [pq.read_metadata(file) for file in self._files]
+        for file, metadata in zip(self._files, groups, strict=True):
+            if metadata.num_row_groups != metadata.num_rows:
+                raise ValueError(f"{file.name}: more than one clip in a row group")
+        self._starts = np.cumsum([0, *(metadata.num_rows for metadata in groups)])
+        self._open: tuple[int, int, Any] | None = None
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._file(number).read_row_group(row - int(self._starts[number])).to_pylist()[0]
+
+    def _file(self, number: int) -> Any:
+        import pyarrow.parquet as pq
+
+        # A loader process forked from this one must not share its place in a file.
+        if self._open is None or self._open[:2] != (os.getpid(), number):
+            self._open = (os.getpid(), number, pq.ParquetFile(self._files[number]))
+        return self._open[2]
+
+    def info(self) -> Iterator[dict[str, Any]]:
+        import pyarrow.parquet as pq
+
+        for file in self._files:
+            yield from pq.read_table(file, columns=_INFO).to_pylist()
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """Return the Parquet files of a prepared dataset, in order; none for one of Arrow files."""
+    return sorted(folder.glob("clips-*.parquet"))
+
+
+def read_rows(files: Sequence[str], names: frozenset[str]) -> Iterator[dict[str, Any]]:
+    """Yield the clips called `names`, in the order of the files; of the others only the names are read."""
+    import pyarrow.parquet as pq
+
+    for file in files:
+        with pq.ParquetFile(file) as opened:
+            listed = opened.read(columns=["sample_id"]).column(0).to_pylist()
+            for group, name in enumerate(listed):
+                if name in names:
+                    yield opened.read_row_group(group).to_pylist()[0]
+
+
+def open_part(folder: Path) -> _Part:
+    """Open a prepared dataset.
+
+    Raises:
+        UserError: it is missing, damaged, empty, or lacks a column.
+    """
+    import pyarrow
+
+    in_parquet = bool(parquet_files(folder))
+    if not in_parquet and not (folder / "dataset_info.json").is_file():
+        raise UserError(f"{folder}: no prepared dataset; write one with aullm-dist prepare CORPUS --out DIR")
+    try:
+        part: _Part = _ParquetPart(folder) if in_parquet else _ArrowPart(folder)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder}: damaged ({first_line}); prepare the corpus again") from error
+    missing = _COLUMNS - set(part.column_names)
+    if missing:
+        raise UserError(f"{folder}: column {sorted(missing)[0]!r} is missing; prepare the corpus again")
+    if len(part) == 0:
+        raise UserError(f"{folder}: holds no clip; see its report.json for what was skipped and why")
+    return part
+
+
+class ClipTable:
+    """Rows of several prepared datasets behind one index."""
+
+    def __init__(self, parts: Sequence[_Part], rows: np.ndarray | None = None) -> None:
+        self._parts = tuple(parts)
+        if rows is None:
+            rows = np.array([(p, r) for p, part in enumerate(parts) for r in range(len(part))])
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        part, row = self._rows[index].tolist()
+        return self._parts[part][row]
+
+    def select(self, indices: Sequence[int]) -> "ClipTable":
+        """Return the table of these rows, in this order; it can return no other."""
+        return ClipTable(self._parts, self._rows[np.asarray(indices, dtype=np.int64)])
+
+
+def write_parquet(shards: Iterable[Path], folder: Path) -> None:
+    """Write the clips of Arrow streams to `clips-00000.parquet` and so on, one clip in memory at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir(parents=True)
+    writer: Any = None
+    count = 0
+    for shard in shards:
+        with pa.memory_map(str(shard)) as source, pa.ipc.open_stream(source) as stream:
+            for batch in stream:
+                if count % CLIPS_PER_FILE == 0:
+                    if writer is not None:
+                        writer.close()
+                    writer = pq.ParquetWriter(folder / f"clips-{count // CLIPS_PER_FILE:05d}.parquet", batch.schema)
+                writer.write_batch(batch, row_group_size=1)
+                count += batch.num_rows
+    if writer is not None:
+        writer.close()
