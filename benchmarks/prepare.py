@@ -2,9 +2,18 @@
 
 The pictures are smooth noise of CASME II's raw size (640x480 JPEG, 67 frames a clip); they only have to cost what
 real pictures cost to decode. Run: `python benchmarks/prepare.py [--clips 16] [--json FILE]`.
+
+`--scale 1000 10000` instead prepares releases of so many clips, each in a process of its own, and prints time and peak
+memory per clip. They are of 8 frames of 320x240 a clip, all links to the same few pictures: what grows is what the
+preparation itself does, in the sheet, the folders and the files.
 """
 
 import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
 import tempfile
 import time
 from functools import partial
@@ -24,6 +33,7 @@ from aullm_dist.model.relations import build_relations, sample_structure_edit
 from aullm_dist.training.batches import ClipRecipe, make_sample
 
 FRAMES_PER_CLIP = 67
+SCALE_FRAMES = 8
 HEADER = ["Subject", "Filename", "OnsetFrame", "ApexFrame", "OffsetFrame", "Action Units", "Estimated Emotion"]
 
 
@@ -43,6 +53,69 @@ def make_release(root: Path, num_clips: int) -> None:
             x, y = (number + clip) % 40, number % 40
             Image.fromarray(texture[y : y + 480, x : x + 640]).save(folder / f"img{number}.jpg", quality=90)
     book.save(root / "coding.xlsx")
+
+
+def make_large_release(root: Path, num_clips: int) -> None:
+    rng = np.random.default_rng(0)
+    pictures = []
+    root.mkdir(parents=True)
+    for number in range(SCALE_FRAMES):
+        small = Image.fromarray(rng.integers(0, 256, (260, 340), np.uint8)).filter(ImageFilter.GaussianBlur(3))
+        pictures.append(root / f"picture{number}.jpg")
+        small.crop((0, 0, 320, 240)).save(pictures[-1], quality=90)
+    book = Workbook(write_only=True)
+    sheet = book.create_sheet()
+    sheet.append(HEADER)
+    for clip in range(num_clips):
+        subject, name = clip % 200 + 1, f"EP{clip:05d}_01"
+        sheet.append([subject, name, 1, 4, SCALE_FRAMES, "4+7", "others"])
+        folder = root / "CASME2_RAW_selected" / f"sub{subject:02d}" / name
+        folder.mkdir(parents=True)
+        for number, picture in enumerate(pictures, start=1):
+            os.link(picture, folder / f"img{number}.jpg")
+    book.save(root / "coding.xlsx")
+
+
+def measure_scale(num_clips: int, workers: int, fmt: str) -> dict[str, float | int | str]:
+    """Prepare a release in a process of its own and return time and peak memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        root, out = Path(folder) / "release", Path(folder) / "out"
+        make_large_release(root, num_clips)
+        command = [sys.executable, __file__, "--measure", str(root), str(out), str(workers), fmt]
+        result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    clips = result["num_clips"]
+    return {
+        "clips": clips,
+        "workers": workers,
+        "format": fmt,
+        **result,
+        "ms_per_clip": 1000 * result["seconds"] / clips,
+    }
+
+
+def prepare_and_measure(root: str, out: str, workers: str, fmt: str) -> None:
+    """Prepare, and print seconds and peak memory of this process and of its largest worker as JSON."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    report = prepare("casme2", root, out, size=64, num_workers=int(workers), fmt=fmt)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    cpu = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    kib = {"rss_at_start_mib": before / 1024, "peak_rss_mib": peak / 1024, "peak_rss_of_a_worker_mib": worker / 1024}
+    print(json.dumps({"num_clips": report["num_clips"], "seconds": seconds, "cpu_seconds": cpu, **kib}))
+
+
+def run_scale(args: argparse.Namespace) -> None:
+    rows = [measure_scale(clips, args.workers, args.format) for clips in args.scale]
+    for row in rows:
+        print(
+            "  ".join(
+                f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
+        )
+    if args.json:
+        write_json(args.json, {"scale": rows, "frames_per_clip": SCALE_FRAMES, "source": "320x240 JPEG, linked"})
 
 
 def read_clips(dataset: object, num_reads: int) -> float:
@@ -82,7 +155,17 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--scale", type=int, nargs="+", metavar="CLIPS", help="sizes of large releases to prepare")
+    parser.add_argument("--workers", type=int, default=1, help="processes of --scale")
+    parser.add_argument("--format", default="arrow", help="of --scale: arrow or parquet")
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.measure:
+        prepare_and_measure(*args.measure)
+        return
+    if args.scale:
+        run_scale(args)
+        return
     with tempfile.TemporaryDirectory() as folder:
         root, out = Path(folder) / "release", Path(folder) / "out"
         make_release(root, args.clips)

@@ -25,10 +25,10 @@ def plan_clips(index: CorpusIndex, bad_clips: BadClips) -> tuple[list[ClipPlan],
     drops_frames = get_corpus(index.corpus).drops_frames
     for record in index.records:
         plan, defect = _match_frames(record, index.frames_root)
-        usable = plan is not None and len(plan.files) >= MIN_FRAMES
+        usable = plan is not None and len(plan.names) >= MIN_FRAMES
         if defect and usable and (bad_clips == "repair" or drops_frames):
             assert plan is not None
-            note = Note("repaired", record.sample_id, f"{defect}: kept with the {len(plan.files)} that exist")
+            note = Note("repaired", record.sample_id, f"{defect}: kept with the {len(plan.names)} that exist")
             plans.append(plan)
         elif defect:
             note = Note("skipped", record.sample_id, defect)
@@ -50,7 +50,7 @@ def _numbering_note(corpus: str, plans: Sequence[ClipPlan]) -> list[Note]:
     padded = 0
     widths = set()
     for plan in plans:
-        digits = re.findall(r"[0-9]+", plan.files[0].stem)[-1]
+        digits = re.findall(r"[0-9]+", Path(plan.names[0]).stem)[-1]
         if digits.startswith("0"):
             padded += 1
             widths.add(len(digits))
@@ -73,7 +73,8 @@ def _match_frames(record: ClipRecord, frames_root: Path) -> tuple[ClipPlan | Non
     frames = {number: path for number, path in listed.items() if record.onset <= number <= record.offset}
     labels = asdict(record)
     del labels["folder"]
-    plan = ClipPlan({**labels, "aus": list(record.aus)}, tuple(frames), tuple(frames.values()))
+    names = tuple(path.name for path in frames.values())
+    plan = ClipPlan({**labels, "aus": list(record.aus)}, tuple(frames), record.folder, names)
     missing = [number for number in range(record.onset, record.offset + 1) if number not in frames]
     span = f"{record.onset}..{record.offset}"
     if missing:

@@ -194,7 +194,7 @@ def _run_tasks(tasks: Sequence[ShardTask], num_workers: int | None, progress: Pr
 
 def _count_workers(tasks: Sequence[ShardTask], num_workers: int | None) -> int:
     if num_workers is None:
-        num_frames = sum(len(clip.files) for task in tasks for clip in task.clips)
+        num_frames = sum(len(clip.names) for task in tasks for clip in task.clips)
         num_workers = min(len(os.sched_getaffinity(0)), 1 + num_frames // _FRAMES_PER_WORKER)
     return max(1, min(num_workers, len(tasks)))
 

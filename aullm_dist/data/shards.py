@@ -54,7 +54,14 @@ class ClipPlan:
 
     labels: dict[str, object]
     numbers: tuple[int, ...]
-    files: tuple[Path, ...]
+    folder: Path
+    names: tuple[str, ...]
+    """Of the frame files in `folder`; text, as a corpus has hundreds of thousands."""
+
+    @property
+    def files(self) -> list[Path]:
+        """The frame files, ascending."""
+        return [self.folder / name for name in self.names]
 
     @property
     def sample_id(self) -> str:
@@ -126,7 +133,7 @@ def _decode(clip: ClipPlan, task: ShardTask) -> tuple[dict[str, object] | None, 
         if task.bad_clips == "skip" or len(stack) < MIN_FRAMES:
             return None, "skipped", text
         kind = "repaired"
-        text = f"{text}: kept with the {len(stack)} readable frames of {len(clip.files)}"
+        text = f"{text}: kept with the {len(stack)} readable frames of {len(clip.names)}"
     failed = {position for position, _ in failures}
     numbers = [number for position, number in enumerate(clip.numbers) if position not in failed]
     row = {

@@ -38,8 +38,8 @@ def stream_epoch(
     import datasets
     from datasets.distributed import split_dataset_by_node
 
-    # Not `load_dataset("parquet")`: it reads the frames of clips that are passed over. Nor its `shuffle`, whose order is
-    # another one inside a loader process, and which in datasets 5.2 ends each pass with five seconds of sleep.
+    # Not `load_dataset("parquet")`: it reads the frames of clips that are passed over, and in datasets 5.2 a shuffled
+    # pass over it ends with five seconds of sleep. Nor `shuffle`: inside a loader process its order is another one.
     order = generator(seed, "stream", epoch).permutation(len(files))
     paths = [str(files[position]) for position in order.tolist()]
     rows = datasets.IterableDataset.from_generator(read_rows, gen_kwargs={"files": paths, "names": names})
