@@ -258,6 +258,21 @@ def test_mmew(tmp_path):
     assert not [text for text in notes_of(index, "noted") if "Macro" in text]
 
 
+def test_mmew_as_its_makers_describe_it(tmp_path):
+    """dpailab.com: `S03/happiness/S03-01-002/1.jpg`."""
+    make_mmew(tmp_path)
+    for clip in list((tmp_path / "Micro_Expression").glob("*/*")):
+        target = tmp_path / "Micro_Expression" / clip.name[:3] / clip.parent.name
+        target.mkdir(parents=True, exist_ok=True)
+        clip.rename(target / clip.name)
+    index = read_corpus("mmew", tmp_path)
+    assert [record.folder.relative_to(tmp_path).as_posix() for record in index.records] == [
+        "Micro_Expression/S01/happiness/S01-07-001",
+        "Micro_Expression/S02/repression/S02-06-003",
+        "Micro_Expression/S02/others/S02-06-004",
+    ]
+
+
 def test_mmew_corrections(tmp_path):
     rows = [mmew_row(f"S{row // 9 + 1:02d}-01-{row:03d}", 1, 30, 60, 4, "fear") for row in range(300)]
     rows[33][3:5] = [75, 40]  # apex and offset exchanged: 40 and 75

@@ -1,5 +1,7 @@
 """MMEW, micro-expressions: 90 fps, colour, `Micro_Expression/<emotion>/<Filename>/<n>.jpg`, `n` from 1, not padded.
 
+The makers' page describes `<subject>/<emotion>/<Filename>` instead; the form that fits the sheet is taken.
+
 The subject is the first part of the clip's name (`S01-07-001`). Clips called `others` in the sheet lie in the folder
 `repression` in some releases; both are tried. Apex and offset of sixteen rows are corrected as published by the
 field's harness (MEB).
@@ -35,7 +37,7 @@ SPEC = CorpusSpec(
         emotion="Estimated Emotion",
     ),
     frame_folders=("Micro_Expression",),
-    clip_folders=("{emotion}/{clip}",),
+    clip_folders=("{emotion}/{clip}", "{subject}/{emotion}/{clip}"),
     emotion_folders={"others": ("others", "repression")},
     subject_of=_subject_of,
     subject_in_clip=True,
