@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -84,26 +85,49 @@ def measure_scale(num_clips: int, workers: int, fmt: str) -> dict[str, float | i
         command = [sys.executable, __file__, "--measure", str(root), str(out), str(workers), fmt]
         result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     clips = result["num_clips"]
-    return {
-        "clips": clips,
-        "workers": workers,
-        "format": fmt,
-        **result,
+    per_clip = {
         "ms_per_clip": 1000 * result["seconds"] / clips,
+        "cpu_ms_per_clip": 1000 * result["cpu_seconds"] / clips,
     }
+    return {"workers": workers, "format": fmt, **result, **per_clip}
 
 
 def prepare_and_measure(root: str, out: str, workers: str, fmt: str) -> None:
-    """Prepare, and print seconds and peak memory of this process and of its largest worker as JSON."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Prepare, and print seconds and peak memory of this process and of its largest worker as JSON.
+
+    `peak_rss` counts pages of mapped Arrow files, which the system drops when it needs them; `peak_own` does not.
+    """
+    before, peak_own, running = _own_memory_mib(), 0.0, True
+
+    def watch() -> None:
+        nonlocal peak_own
+        while running:
+            peak_own = max(peak_own, _own_memory_mib())
+            time.sleep(0.05)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     started = time.perf_counter()
     report = prepare("casme2", root, out, size=64, num_workers=int(workers), fmt=fmt)
     seconds = time.perf_counter() - started
+    running = False
+    watcher.join()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     cpu = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    kib = {"rss_at_start_mib": before / 1024, "peak_rss_mib": peak / 1024, "peak_rss_of_a_worker_mib": worker / 1024}
-    print(json.dumps({"num_clips": report["num_clips"], "seconds": seconds, "cpu_seconds": cpu, **kib}))
+    memory = {
+        "peak_rss_mib": peak / 1024,
+        "own_mib_at_start": before,
+        "peak_own_mib": peak_own,
+        "peak_rss_of_a_worker_mib": worker / 1024,
+    }
+    print(json.dumps({"num_clips": report["num_clips"], "seconds": seconds, "cpu_seconds": cpu, **memory}))
+
+
+def _own_memory_mib() -> float:
+    """Return the resident memory that is this process's own, without files that are mapped and can be dropped."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) / 1024
 
 
 def run_scale(args: argparse.Namespace) -> None:
