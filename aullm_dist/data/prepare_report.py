@@ -33,7 +33,7 @@ def render_report(report: Mapping[str, object], *, listed: int = _LISTED) -> str
     headings = {
         "repairs": "repaired",
         "skips": "skipped",
-        "unmatched_errata": "published corrections not applied, as the row does not show the defect: look at them",
+        "unmatched_errata": "published corrections not applied, to be looked at",
         "notes": "noted",
     }
     for key, heading in headings.items():

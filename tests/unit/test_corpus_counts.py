@@ -61,6 +61,42 @@ def test_label_tables_are_those_of_the_published_rules(corpus, tmp_path):
     }
 
 
+@pytest.mark.parametrize("corpus", sorted(name for name, spec in CORPORA.items() if spec.published_aus))
+def test_a_sheet_with_the_published_counts_is_told_so(corpus, tmp_path):
+    """Of the published size, each AU in as many clips as published: nothing is lost or added on the way."""
+    spec = get_corpus(corpus)
+    clips = spec.published_clips
+    path = sheet_of(corpus, tmp_path, subjects=30, clips_per_subject=clips // 30 + 1)
+    book = load_workbook(path)
+    rows = list(book.active.iter_rows())
+    top = next(number for number, row in enumerate(rows) if TEXT[corpus] in [cell.value for cell in row])
+    column = next(position for position, cell in enumerate(rows[top]) if cell.value == TEXT[corpus])
+    labels = [[] for _ in range(clips)]
+    for step, (au, count) in enumerate(spec.published_aus.items()):
+        for number in range(count):
+            labels[(7 * step + number) % clips].append(str(au))
+    for row, aus in zip(rows[top + 1 :], labels, strict=False):
+        row[column].value = "+".join(aus) or "/"
+    book.active.delete_rows(top + 2 + clips, len(rows))
+    if spec.errata_extra_clip:
+        row, name = spec.errata_extra_clip
+        rows[top + 1 + row][0].value, rows[top + 1 + row][1].value = int(name[3:5]), name.split("/")[1]
+    book.save(path)
+    index = read_corpus(corpus, tmp_path)
+    kept = [record.sample_id for record in index.records]
+    assert len(kept) == clips
+    assert explain(spec, index, kept, index.notes) == []
+    assert not [note for note in index.notes if "were made for a sheet" in note.text]
+    # The row numbers hold, and no row shows a defect.
+    assert bool(index.corrections) == bool(spec.errata)
+    assert not [item for item in index.corrections if item.state == "applied"]
+    # One clip left out of the dataset is found again under each of its AUs, and under no other.
+    without = next(number for number, aus in enumerate(labels) if len(aus) == 2)
+    gone = explain(spec, index, kept[:without] + kept[without + 1 :], index.notes)
+    assert [str(item.au) for item in gone] == labels[without]
+    assert all([change.change for change in item.changes] == [-1] for item in gone)
+
+
 @pytest.mark.parametrize("corpus", sorted(CORPORA))
 def test_hand_written_releases_agree_with_the_published_rules(corpus, tmp_path):
     index = read_corpus(corpus, MAKERS[corpus](tmp_path))
