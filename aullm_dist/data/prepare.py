@@ -25,7 +25,7 @@ from aullm_dist.data.corpora.explain import as_json, explain
 from aullm_dist.data.frames import CROPS
 from aullm_dist.data.matching import plan_clips
 from aullm_dist.data.shards import BadClips, ShardTask, run_shard, shard_key, shard_paths
-from aullm_dist.data.tables import write_parquet
+from aullm_dist.data.tables import write_arrow, write_parquet
 from aullm_dist.errors import UserError
 from aullm_dist.log import get_logger
 
@@ -267,24 +267,10 @@ def _publish(shards: Sequence[Path], report: dict[str, object], work: Path, out:
     if fmt == "parquet":
         write_parquet(shards, final)
     else:
-        _save_arrow(shards, final)
+        write_arrow(shards, final, str(report["fingerprint"]))
     (final / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
     try:
         os.rename(final, out)
     except OSError as error:
         raise UserError(f"{out}: cannot be put in place ({error.strerror}); the finished dataset is {final}") from error
     shutil.rmtree(work)
-
-
-def _save_arrow(shards: Sequence[Path], folder: Path) -> None:
-    import datasets
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    bars_were_off = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        joined = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in shards])
-        joined.save_to_disk(str(folder))
-    finally:
-        if not bars_were_off:
-            enable_progress_bars()

@@ -4,6 +4,7 @@ Arrow files (`datasets.save_to_disk`) are mapped into memory. Parquet files hold
 is read alone, and can be streamed in order from anywhere that `datasets` reads.
 """
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,12 +14,13 @@ import numpy as np
 
 from aullm_dist.errors import UserError
 
-__all__ = ["ClipTable", "open_part", "parquet_files", "read_rows", "write_parquet"]
+__all__ = ["ClipTable", "open_part", "parquet_files", "read_rows", "write_arrow", "write_parquet"]
 
 _COLUMNS = set("sample_id corpus subject aus num_frames height width frame_numbers frames".split())
 _INFO = ["sample_id", "subject", "corpus", "aus", "height", "width"]
 # Files enough to divide among the processes of a large run, few enough to list.
 CLIPS_PER_FILE = 64
+_ARROW_FILE_BYTES = 500_000_000
 
 
 class _Part(Protocol):
@@ -152,20 +154,65 @@ class ClipTable:
 
 def write_parquet(shards: Iterable[Path], folder: Path) -> None:
     """Write the clips of Arrow streams to `clips-00000.parquet` and so on, one clip in memory at a time."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     folder.mkdir(parents=True)
     writer: Any = None
-    count = 0
-    for shard in shards:
-        with pa.memory_map(str(shard)) as source, pa.ipc.open_stream(source) as stream:
-            for batch in stream:
-                if count % CLIPS_PER_FILE == 0:
-                    if writer is not None:
-                        writer.close()
-                    writer = pq.ParquetWriter(folder / f"clips-{count // CLIPS_PER_FILE:05d}.parquet", batch.schema)
-                writer.write_batch(batch, row_group_size=1)
-                count += batch.num_rows
+    for count, batch in enumerate(_clips_of(shards)):
+        if count % CLIPS_PER_FILE == 0:
+            if writer is not None:
+                writer.close()
+            writer = pq.ParquetWriter(folder / f"clips-{count // CLIPS_PER_FILE:05d}.parquet", batch.schema)
+        writer.write_batch(batch, row_group_size=1)
     if writer is not None:
         writer.close()
+
+
+def write_arrow(shards: Iterable[Path], folder: Path, fingerprint: str) -> None:
+    """Write the clips of Arrow streams as `datasets.load_from_disk` reads them, one clip in memory at a time.
+
+    `Dataset.save_to_disk` of all shards together would hold the whole corpus in memory.
+    """
+    import datasets
+    import pyarrow as pa
+
+    folder.mkdir(parents=True)
+    files: list[Path] = []
+    writer: Any = None
+    size = 0
+    for batch in _clips_of(shards):
+        if writer is None or size > _ARROW_FILE_BYTES:
+            if writer is not None:
+                writer.close()
+            size = 0
+            files.append(folder / f"part-{len(files):05d}.arrow")
+            writer = pa.ipc.new_stream(str(files[-1]), batch.schema)
+        writer.write_batch(batch)
+        size += batch.nbytes
+    assert writer is not None, "a dataset has clips"
+    writer.close()
+    names = [f"data-{number:05d}-of-{len(files):05d}.arrow" for number in range(len(files))]
+    for file, name in zip(files, names, strict=True):
+        file.rename(folder / name)
+    datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(batch.schema)).write_to_directory(str(folder))
+    state = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": fingerprint[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
+
+
+def _clips_of(shards: Iterable[Path]) -> Iterator[Any]:
+    """Yield the record batches of Arrow streams, one clip each, without mapping a file for longer than it is read."""
+    import pyarrow as pa
+
+    for shard in shards:
+        with pa.OSFile(str(shard)) as source, pa.ipc.open_stream(source) as stream:
+            for batch in stream:
+                assert batch.num_rows == 1
+                yield batch

@@ -280,23 +280,6 @@ def test_a_work_folder_with_other_files_is_refused_and_kept(release):
     assert kept.exists()
 
 
-def test_workers_write_what_one_process_writes(release):
-    run(release)
-    steps = []
-    # One clip per shard, so that there is work for two.
-    many = make_casme2(release.parent / "many", [casme2_row(1, f"EP{clip:02d}_01", 9, 10, 12, 4) for clip in range(17)])
-    for workers in (1, 2):
-        out = release.parent / f"out{workers}"
-        prepare("casme2", many, out, size=16, num_workers=workers, progress=lambda done, total: steps.append(done))
-    one, two = (datasets.load_from_disk(str(release.parent / f"out{workers}")) for workers in (1, 2))
-    assert one[:] == two[:]
-    assert steps[-1] == 17
-    (clip_folder(many, "sub01/EP16_01") / "img10.jpg").write_bytes(b"no image")
-    with pytest.raises(UserError, match="EP16_01.*img10.jpg"):
-        prepare("casme2", many, release.parent / "out3", size=16, num_workers=2)
-    assert not list(release.parent.glob("out3*"))
-
-
 def test_command_line(release, capsys):
     parser = argparse.ArgumentParser()
     add_prepare_arguments(parser)

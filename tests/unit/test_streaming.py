@@ -1,7 +1,9 @@
 """Parquet datasets: the same clips as in Arrow files, and streams that give every process its share once per epoch."""
 
+import json
 from collections import Counter
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -54,6 +56,17 @@ def test_parquet_holds_the_clips_of_the_arrow_files(folders):
     files = tables.parquet_files(folders / "parquet")
     assert [pq.read_metadata(file).num_rows for file in files] == [3, 3, 3, 3, 1]
     assert all(pq.read_metadata(file).num_row_groups == pq.read_metadata(file).num_rows for file in files)
+
+
+def test_arrow_files_are_those_that_datasets_itself_writes(folders, tmp_path):
+    ours = datasets.load_from_disk(str(folders / "arrow"))
+    ours.save_to_disk(str(tmp_path / "theirs"))
+    theirs = datasets.load_from_disk(str(tmp_path / "theirs"))
+    assert ours.features == theirs.features
+    assert ours[:] == theirs[:]
+    states = [json.loads((folder / "state.json").read_text()) for folder in (folders / "arrow", tmp_path / "theirs")]
+    assert [part.keys() for part in states][0] == states[1].keys()
+    assert states[0]["_data_files"] == states[1]["_data_files"]
 
 
 def test_formats_may_be_joined_and_a_view_reaches_its_own_clips_only(folders):
