@@ -125,8 +125,8 @@ def ranking(labels: np.ndarray, logits: np.ndarray, subjects: Sequence[str], aus
             "auc_within_subject": within_subject_auc(truth, scores, subjects),
             "subjects_with_both": len(pairs),
             "ap": average_precision(truth, scores),
-            # A constant answer has this average precision, and random ones have it on average.
-            "ap_floor": float((truth != 0).mean()),
+            # What a constant answer reaches; undefined with `ap`, so that their means are over the same AUs.
+            "ap_floor": float((truth != 0).mean()) if 0 < (truth != 0).mean() < 1 else None,
             **calibration(truth, scores),
         }
     keys = [key for key in next(iter(per_au.values())) if key != "subjects_with_both"]

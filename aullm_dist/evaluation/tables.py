@@ -118,7 +118,7 @@ def _inner_block(metrics: Mapping[str, Any]) -> Block:
     if ci:
         rows.append(("95% CI of the mean", "", *(interval_text(ci["mean"][name]) for name in both), ""))
     notes = [
-        "Floors and auc do not depend on thresholds: see the table above. An AU that the inner subjects show in one "
+        "Floors and auc do not depend on thresholds: see the first table. An AU that the inner subjects show in one "
         "class only keeps 0.5."
     ]
     if inner["folds_without_inner"]:

@@ -78,6 +78,10 @@ def test_the_table_says_that_pooled_auc_is_biased_and_gives_the_one_within(tmp_p
     saved = json.loads((tmp_path / "metrics.json").read_text())["ranking"]
     assert saved["per_au"]["AU45"]["auc_within_subject"] is None
     assert 0 < saved["mean"]["auc_within_subject"] <= 1
+    # AU45 has no positive clip: it is in neither mean.
+    floors = [row["ap_floor"] for row in saved["per_au"].values()]
+    assert floors[3] is None
+    assert saved["mean"]["ap_floor"] == pytest.approx(np.mean(floors[:3]))
 
 
 def test_a_run_compared_with_itself_differs_by_nothing(tmp_path):
