@@ -11,9 +11,10 @@ import os
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -80,14 +81,8 @@ def prepare(
     Raises:
         UserError: Bad arguments, bad input under "stop", or `out` is taken.
     """
-    _check_arguments(corpus, size, crop, bad_clips, num_workers)
-    if fmt not in FORMATS:
-        raise UserError(f"--format {fmt}: allowed: {', '.join(FORMATS)}")
-    out = Path(out).expanduser().absolute()
-    if out.resolve().is_relative_to(Path(root).expanduser().resolve()):
-        raise UserError(
-            f"--out {out}: lies inside --root {root}; give a folder outside the release, which is only read"
-        )
+    _check_arguments(corpus, size, crop, bad_clips, num_workers, fmt)
+    out = _outside(root, Path(out).expanduser().absolute())
     previous = _previous_report(out)
     index = read_corpus(corpus, root, bad_rows="stop" if bad_clips == "stop" else "skip", errata=errata)
     plans, notes = plan_clips(index, bad_clips)
@@ -110,10 +105,19 @@ def prepare(
     tasks = [
         ShardTask(shards, key, tuple(group), size, crop, bad_clips) for key, group in zip(keys, groups, strict=True)
     ]
-    try:
+    with _work_or_nothing(work):
         _run_tasks(tasks, num_workers, progress or (lambda done, total: None))
         summaries = [json.loads(shard_paths(shards, key)[1].read_text()) for key in keys]
         report = _report(index, root, size, crop, bad_clips, notes, summaries, fingerprint)
+    _publish([shard_paths(shards, key)[0] for key in keys], report, work, out, fmt)
+    return {**report, "already_prepared": False}
+
+
+@contextmanager
+def _work_or_nothing(work: Path) -> Iterator[None]:
+    """Remove the work folder after a mistake in the input; what a dead worker or an interruption left is kept."""
+    try:
+        yield
     except UserError:
         shutil.rmtree(work)
         raise
@@ -121,11 +125,17 @@ def prepare(
         raise UserError(
             f"{work}: a worker process died, often for lack of memory; finished work is kept: try --workers 1"
         ) from error
-    _publish([shard_paths(shards, key)[0] for key in keys], report, work, out, fmt)
-    return {**report, "already_prepared": False}
 
 
-def _check_arguments(corpus: str, size: int, crop: str, bad_clips: str, num_workers: int | None) -> None:
+def _outside(root: str | Path, out: Path) -> Path:
+    if out.resolve().is_relative_to(Path(root).expanduser().resolve()):
+        raise UserError(
+            f"--out {out}: lies inside --root {root}; give a folder outside the release, which is only read"
+        )
+    return out
+
+
+def _check_arguments(corpus: str, size: int, crop: str, bad_clips: str, num_workers: int | None, fmt: str) -> None:
     get_corpus(corpus)
     if not 8 <= size <= _MAX_SIZE:
         raise UserError(f"--size {size}: allowed: 8 to {_MAX_SIZE} pixels")
@@ -133,6 +143,8 @@ def _check_arguments(corpus: str, size: int, crop: str, bad_clips: str, num_work
         raise UserError(f"--crop {crop}: allowed: {', '.join(CROPS)}")
     if bad_clips not in get_args(BadClips):
         raise UserError(f"--bad-clips {bad_clips}: allowed: {', '.join(get_args(BadClips))}")
+    if fmt not in FORMATS:
+        raise UserError(f"--format {fmt}: allowed: {', '.join(FORMATS)}")
     if num_workers is not None and num_workers < 1:
         raise UserError(f"--workers {num_workers}: allowed: 1 or more")
 

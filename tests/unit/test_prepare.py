@@ -202,6 +202,7 @@ def test_nothing_usable_is_an_error(release):
         ({"crop": "centre"}, "--crop centre: allowed: none, center"),
         ({"bad_clips": "ignore"}, "--bad-clips ignore: allowed: stop, repair, skip"),
         ({"num_workers": 0}, "--workers 0: allowed: 1"),
+        ({"fmt": "csv"}, "--format csv: allowed: arrow, parquet"),
     ],
 )
 def test_bad_arguments(release, options, part):
