@@ -11,6 +11,7 @@ from aullm_dist import log
 from aullm_dist.config import Config, find_config, load, load_strategy
 from aullm_dist.endings import report
 from aullm_dist.errors import CheckpointError, UserError
+from aullm_dist.signals import StopSignals
 from aullm_dist.training.workspace import Mode
 
 DEMO = "demo"
@@ -54,6 +55,8 @@ def main(argv: Sequence[str]) -> int:
     if args.offline:
         # Read by the Hugging Face libraries when they are imported, which has not happened yet.
         os.environ["HF_HUB_OFFLINE"] = "1"
+    signals = StopSignals()
+    signals.install()
     try:
         config = load(find_config(args.config or DEMO), args.overrides)
         load_strategy(config.training.strategy)
@@ -62,8 +65,9 @@ def main(argv: Sequence[str]) -> int:
             os.environ["TRITON_INTERPRET"] = "1"
         if args.overrides and not args.config:
             log.get_logger().info("No --config: settings that are not given are those of the demo")
-        return _train(config, _mode(args))
+        return _train(config, _mode(args), signals)
     except (UserError, CheckpointError) as error:
+        signals.close()  # the launcher ends with a signal whoever is left, and must be obeyed
         report(error, "train.py")
         return error.EXIT_CODE
     except KeyboardInterrupt:
@@ -81,19 +85,29 @@ def _mode(args: argparse.Namespace) -> Mode:
     return "new" if args.config or args.overrides else "again"
 
 
-def _train(config: Config, mode: Mode) -> int:
+def _train(config: Config, mode: Mode, signals: StopSignals) -> int:
     # Imported here, so that --help and a mistake in the configuration answer at once.
     from aullm_dist.evaluation.metrics import summarise
     from aullm_dist.evaluation.summary import print_summary
     from aullm_dist.training import context
+    from aullm_dist.training.life import Life
+    from aullm_dist.training.preemption import Preempted
     from aullm_dist.training.run import run
 
     accelerator = context.start(config.training)
-    folder = run(accelerator, config, mode, summarise)
-    baseline = _baseline_config(config, folder)
-    if baseline is not None:
-        log.get_logger().info("No-LLM baseline (led_cnn), for comparison")
-        run(accelerator, baseline, "resume" if mode == "resume" else "replace", summarise)
+    life = Life(accelerator, config, signals)
+    try:
+        folder = run(accelerator, config, mode, summarise, life)
+        baseline = _baseline_config(config, folder)
+        if baseline is not None:
+            log.get_logger().info("No-LLM baseline (led_cnn), for comparison")
+            run(accelerator, baseline, "resume" if mode == "resume" else "replace", summarise, life)
+    except Preempted as agreed:
+        stop = agreed
+        context.together(accelerator, lambda: life.preempted(stop))
+        context.stop(accelerator)
+        return 0
+    life.ends()
     context.on_main(accelerator, lambda: print_summary(folder, config))
     # Only here: after an error the others may be in a collective, and ending the group would wait for them.
     context.stop(accelerator)

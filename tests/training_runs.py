@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -53,7 +54,12 @@ def train_here(*arguments: str) -> int:
     # Accelerate keeps one state per process; each run here is a start of its own.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return main(list(arguments))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        return main(list(arguments))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def launch(

@@ -11,7 +11,8 @@ _POSITIVE = (
     "model.graph_heads model.graph_layers data.shuffle_buffer "
     "data.synthetic_clips data.synthetic_amplitude training.epochs "
     "training.global_batch training.micro_batch training.lr_lora training.lr_new training.lr_led training.clip_norm "
-    "training.max_bad_steps training.evaluate_every_epochs training.keep_checkpoints monitor.log_every_steps"
+    "training.max_bad_steps training.evaluate_every_epochs training.keep_checkpoints training.grace_seconds "
+    "monitor.log_every_steps"
 ).split()
 _POSITIVE_OR_NULL = (
     "data.synthetic_frames training.max_steps training.processes training.cpu_threads training.save_every_steps".split()
@@ -20,7 +21,7 @@ _NOT_NEGATIVE = (
     "model.suffixes_per_row data.workers counterfactual.branches "
     "counterfactual.structure_weight counterfactual.appearance_weight counterfactual.neutral_weight "
     "counterfactual.contradiction_weight training.weight_decay "
-    "training.graph_weight"
+    "training.graph_weight training.max_failures"
 ).split()
 _SEEDS = ["training.seed", "data.synthetic_seed"]
 _GAMMAS = ["training.asl_gamma_negative", "training.asl_gamma_positive"]

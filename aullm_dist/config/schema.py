@@ -184,6 +184,13 @@ class TrainingConfig:
     save_every_steps: int | None = None
     """Write a checkpoint this often; null writes one per evaluation."""
     keep_checkpoints: int = 2
+    verify: Literal["hash", "size"] = "hash"
+    """How a resume checks a checkpoint: `hash` reads every byte, `size` sizes and tensor headers only."""
+    grace_seconds: float = 300.0
+    """Seconds between the signal that ends a job (SIGUSR1, SIGTERM) and its end; a run warns when what it has to do
+    in between takes longer. launchers/slurm.sh asks SLURM for as many."""
+    max_failures: int = 3
+    """How often launchers/slurm.sh starts a job again that has failed, and then only if it had completed a step."""
     baseline: bool = False
     """Also train the no-LLM baseline `led_cnn` on the same folds, below the run folder."""
     deterministic: bool = True

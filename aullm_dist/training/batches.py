@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from aullm_dist.data.clips import Clip, ClipView, augment, sample_frames
 from aullm_dist.model.counterfactual import Chances, change_appearance, draw_interventions, remove_movement
+from aullm_dist.signals import stand_apart
 from aullm_dist.training.order import BatchPlan, SampleStream, generator
 
 StructureEdit = Callable[[np.random.Generator], np.ndarray]
@@ -231,6 +232,7 @@ def training_loader(
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=stand_apart,
     )
 
 

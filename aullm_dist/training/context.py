@@ -14,6 +14,7 @@ from aullm_dist.config import Strategy, TrainingConfig, load_strategy, offloaded
 from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.log import get_logger
 from aullm_dist.model.quiet import name_deepspeed_accelerator
+from aullm_dist.slurm import refuse_step
 from aullm_dist.training.engine import deepspeed_plugin, hide_from_transformers, is_zero
 from aullm_dist.training.manifest import library_versions
 
@@ -34,8 +35,8 @@ def start(training: TrainingConfig) -> Accelerator:
     """Create the Accelerator with the engine that `training.strategy` names, and check that it is what was asked for.
 
     Raises:
-        UserError: the launcher contradicts the run file, the number of processes is not what was asked for, the
-            global batch cannot be split over them, or they have different versions of the libraries.
+        UserError: the launcher contradicts the run file or SLURM, the number of processes is not what was asked for,
+            the global batch cannot be split over them, or they have different versions of the libraries.
     """
     strategy = load_strategy(training.strategy)
     processes = _processes(training)
@@ -92,6 +93,7 @@ def stop(accelerator: Accelerator) -> None:
 
 def _processes(training: TrainingConfig) -> int:
     """Return the number of processes that the launcher started, after checking that it is the one that is wanted."""
+    refuse_step(os.environ)
     _refuse_lost_processes()
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if training.processes is not None and started != training.processes:

@@ -27,10 +27,12 @@ from aullm_dist.training.checkpoint import read_checkpoint, save_checkpoint
 from aullm_dist.training.context import on_main, together
 from aullm_dist.training.guard import GradientGuard
 from aullm_dist.training.heldout import Answers, HeldOut, Score
+from aullm_dist.training.life import Life
 from aullm_dist.training.monitor import Monitor, Throughput, memory_gib
 from aullm_dist.training.objective import Objective
 from aullm_dist.training.order import BatchPlan, SampleStream, generator, total_steps
 from aullm_dist.training.predictions import Prediction, prediction_path, write_predictions, zeroed_path
+from aullm_dist.training.preemption import Preempted
 from aullm_dist.training.retention import find_newest_valid, rotate
 from aullm_dist.training.step import LossLog, TrainStep
 from aullm_dist.training.streaming import StreamedBatches
@@ -76,6 +78,7 @@ class FoldTrainer:
         fold: which clips train, choose thresholds and test.
         aus: AU numbers.
         score: turns labels and logits into metrics (evaluation's business, handed down).
+        life: agrees with the other processes when this one is asked to stop.
     """
 
     def __init__(
@@ -89,8 +92,9 @@ class FoldTrainer:
         fold: Fold,
         aus: tuple[int, ...],
         score: Score,
+        life: Life,
     ) -> None:
-        self.accelerator, self.config, self.built = accelerator, config, built
+        self.accelerator, self.config, self.built, self.life = accelerator, config, built, life
         self.model, self.optimizer = model, optimizer
         self.aus, self.score = aus, score
         self.fold = fold
@@ -120,19 +124,37 @@ class FoldTrainer:
         # Which held-out clips are shown while training; only `protocol: all` has no test side.
         self.shown = "test" if len(self.test_view) else "inner"
         self.soft_tokens = built.soft_tokens
+        # Optimizer steps that are done, and those that are in the newest checkpoint.
+        self.done = self.saved = 0
 
     def run(self, resume: bool) -> None:
-        """Train to the last step, when resuming from the newest valid checkpoint; leaves checkpoint and answers."""
-        first_step = self._restore() if resume else 0
+        """Train to the last step, when resuming from the newest valid checkpoint; leaves checkpoint and answers.
+
+        Raises:
+            Preempted: all processes were asked to stop; what is done is in a checkpoint.
+        """
+        logger.info(
+            "Fold %d (%s): %d training, %d inner and %d test clips, %d steps of %d clips",
+            self.fold.index, self.fold.name, len(self.fold.train), len(self.fold.inner), len(self.fold.test),
+            self.total_steps, self.config.training.global_batch,
+        )  # fmt: skip
+        first_step = self.done = self.saved = self._restore() if resume else 0
         active = self.config.monitor.tensorboard and self.accelerator.is_main_process
         monitor = Monitor(self.paths.tensorboard, active, first_step + 1 if resume else None)
         try:
             if first_step == 0:
                 monitor.text("config", f"```\n{json.dumps(to_dict(self.config), indent=2)}\n```")
+            # A run that was stopped in an evaluation has its checkpoint, but not its answers.
+            if first_step and self._evaluates_at(first_step) and not self._has_answers(first_step):
+                self._evaluate(monitor, first_step)
             if first_step < self.total_steps:
                 self._train(monitor, first_step)
-            elif not on_main(self.accelerator, self._final_predictions().exists):
-                self._evaluate(monitor, self.total_steps)
+        except Preempted as stop:
+            if self.saved < self.done:
+                self.guard.settle()
+                self._save(self.done)
+            stop.fold, stop.step = self.fold.index, self.done
+            raise
         finally:
             monitor.close()
 
@@ -152,8 +174,9 @@ class FoldTrainer:
         log, rate = LossLog(self.accelerator), Throughput()
         with bar, logging_redirect_tqdm(all_loggers()):
             for step in range(first_step, self.total_steps):
-                self.step.run(batches, step, self.total_steps, log, rate)
-                done = step + 1
+                self.step.run(batches, step, self.total_steps, log, rate, self.life.agreement.tick)
+                done = self.done = step + 1
+                self.life.completed_step()
                 if done % self.config.monitor.log_every_steps == 0 or done == self.total_steps:
                     self.guard.settle()
                     losses = log.read()
@@ -166,12 +189,13 @@ class FoldTrainer:
                     )
                     monitor.scalars("memory", memory_gib(), done)
                 bar.update()
-                if self._evaluates_at(done) or self._saves_at(done):
+                if self._evaluates_at(done) or self._saves_at(done) or self.life.rehearses:
                     self.guard.settle()
                 if self._evaluates_at(done):
                     self._evaluate(monitor, done)
                     rate.restart()
-                if self._saves_at(done):
+                # A job learns with its first step whether a save works and fits into its grace period.
+                if self._saves_at(done) or self.life.rehearses:
                     self._save(done)
                     rate.restart()
 
@@ -215,8 +239,12 @@ class FoldTrainer:
         views = {"inner": self.inner_view, "test": self.test_view}
         answers = {
             role: self.held_out.answer(
-                self.model, view, self.soft_tokens if role == self.shown else (), name=f"Evaluating on {role} clips"
-            )
+                self.model,
+                view,
+                self.soft_tokens if role == self.shown else (),
+                self.life.agreement.tick,
+                name=f"Evaluating on {role} clips",
+            )  # fmt: skip
             for role, view in views.items()
             if len(view)
         }
@@ -257,11 +285,22 @@ class FoldTrainer:
                     self.fold.index, token, change,
                 )  # fmt: skip
 
-    def _final_predictions(self) -> Path:
-        return prediction_path(self.paths.run, self.fold.index, int(self._epoch(self.total_steps)))
+    def _has_answers(self, step: int) -> bool:
+        path = prediction_path(self.paths.run, self.fold.index, int(self._epoch(step)))
+        return on_main(self.accelerator, path.exists)
 
     def _save(self, step: int) -> None:
         """Write a checkpoint and let go of the oldest."""
+        with self.life.saves():
+            self._write(step)
+        self.saved = step
+        training = self.config.training
+        on_main(
+            self.accelerator,
+            lambda: rotate(self.paths.checkpoints, training.keep_checkpoints, mode=training.verify),
+        )
+
+    def _write(self, step: int) -> None:
         together(
             self.accelerator,
             lambda: save_checkpoint(
@@ -286,11 +325,11 @@ class FoldTrainer:
                 is_writer=self.accelerator.is_main_process,
             ),
         )
-        on_main(self.accelerator, lambda: rotate(self.paths.checkpoints, self.config.training.keep_checkpoints))
 
     def _restore(self) -> int:
         """Load the newest valid checkpoint, the same on every process, and return its step; 0 without one."""
-        newest = on_main(self.accelerator, lambda: find_newest_valid(self.paths.checkpoints, logger))
+        verify = self.config.training.verify
+        newest = on_main(self.accelerator, lambda: find_newest_valid(self.paths.checkpoints, logger, verify))
         if newest is None:
             return 0
         # Reading may fail on one process alone; only what all have read is handed to the engine, which may talk.
@@ -302,7 +341,7 @@ class FoldTrainer:
                 with_optimizer=True,
                 model_config=self.built.model_config,
                 base=self.built.base,
-                mode="size",  # the main process has just read every byte of it
+                mode="size",  # the main process has just verified it as the run file says
             ),
         )
         saved.apply(self.optimizer)

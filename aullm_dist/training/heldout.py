@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from aullm_dist.data.clips import ClipView
 from aullm_dist.model.aullm import Ablation
-from aullm_dist.training.batches import ClipRecipe, evaluation_batches
+from aullm_dist.training.batches import Batch, ClipRecipe, evaluation_batches
 from aullm_dist.training.engine import settle
+from aullm_dist.training.preemption import Preempted
 
 _SHOWN_AFTER_SECONDS = 3.0
 Score = Callable[[tuple[np.ndarray, np.ndarray], Sequence[int]], dict[str, Any]]
@@ -46,13 +47,20 @@ class HeldOut:
         self.accelerator, self.recipe, self.aus, self.micro_batch = accelerator, recipe, tuple(aus), micro_batch
 
     def answer(
-        self, model: nn.Module, view: ClipView, ablations: Sequence[Ablation] = (), *, name: str = "Held-out clips"
+        self,
+        model: nn.Module,
+        view: ClipView,
+        ablations: Sequence[Ablation] = (),
+        tick: Callable[[], None] = lambda: None,
+        *,
+        name: str = "Held-out clips",
     ) -> dict[Ablation | None, Answers]:
         """Return the logits of every clip of `view`, on every process: under None as the model is, and per ablation.
 
         The plain model runs, not its distributed wrapper: there is nothing to synchronise, and the processes may have
         different numbers of clips. Each clip is decoded once, whatever the number of ablations. If it takes longer
-        than a moment, a progress bar called `name` counts the clips.
+        than a moment, a progress bar called `name` counts the clips. `tick` is called after each micro-batch, as often
+        on every process, and may raise `Preempted` to leave.
         """
         accelerator = self.accelerator
         labels = view.labels(self.aus)
@@ -74,18 +82,16 @@ class HeldOut:
             dynamic_ncols=True,
             leave=False,
         )
-        with torch.no_grad(), bar:
-            for batch, counted in batches:
-                batch = batch.to(accelerator.device)
-                factual = batch.rows["factual"][0]
-                rows = [
-                    plain(batch.views, batch.view_index, batch.edge_mask, batch.branches, ablate).logits[factual]
-                    for ablate in variants
-                ]
-                answers = torch.stack(rows, dim=1).float().cpu().tolist()
-                mine += list(zip(batch.sample_ids, answers, strict=True))[:counted]
-                # The clips of the others are as far.
-                bar.update(min(counted * accelerator.num_processes, len(view) - bar.n))
+        try:
+            with torch.no_grad(), bar:
+                for batch, counted in batches:
+                    mine += self._logits(plain, batch, variants)[:counted]
+                    # The clips of the others are as far.
+                    bar.update(min(counted * accelerator.num_processes, len(view) - bar.n))
+                    tick()
+        except Preempted:
+            settle(model)  # what follows is a save, which must find nothing on its way
+            raise
         settle(model)
         plain.train(was_training)
         by_id = dict(gather_object(mine))
@@ -96,6 +102,17 @@ class HeldOut:
         return {
             ablate: Answers(ids, subjects, corpora, labels, table[:, column]) for column, ablate in enumerate(variants)
         }
+
+    def _logits(
+        self, plain: nn.Module, batch: Batch, variants: Sequence[Ablation | None]
+    ) -> list[tuple[str, list[list[float]]]]:
+        batch = batch.to(self.accelerator.device)
+        factual = batch.rows["factual"][0]
+        rows = [
+            plain(batch.views, batch.view_index, batch.edge_mask, batch.branches, ablate).logits[factual]
+            for ablate in variants
+        ]
+        return list(zip(batch.sample_ids, torch.stack(rows, dim=1).float().cpu().tolist(), strict=True))
 
     def sensitivity(self, answers: Mapping[Ablation | None, Answers], score: Score) -> dict[str, Any]:
         """Measure what the answers owe to each soft token, from the answers with all tokens of that kind zeroed.

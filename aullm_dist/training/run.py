@@ -26,13 +26,15 @@ from aullm_dist.training.context import on_main, together
 from aullm_dist.training.fitting import refuse_what_does_not_fit
 from aullm_dist.training.fold import FoldTrainer
 from aullm_dist.training.heldout import Score
+from aullm_dist.training.life import Life
+from aullm_dist.training.lock import RunLock
 from aullm_dist.training.optimizer import build_optimizer
 from aullm_dist.training.placement import placement_of
 
 logger = get_logger(__name__)
 
 
-def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: Score) -> Path:
+def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: Score, life: Life) -> Path:
     """Train every fold that the configuration asks for and return the run folder.
 
     Args:
@@ -40,12 +42,15 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
         config: the run's configuration.
         mode: whether the run folder must be new, is continued or replaced.
         score: turns labels and logits into metrics.
+        life: of this run.
 
     Raises:
         UserError: anything in the user's input that cannot work, before a step is trained and before the run folder
             counts as a run.
+        Preempted: all processes were asked to stop; what is done is in a checkpoint.
     """
     refuse_compiled(config)
+    life.loads()
     folder = on_main(accelerator, lambda: workspace.check_run_folder(config, mode))
     train_folders, test_folders = on_main(accelerator, lambda: workspace.datasets_of(config))
     store = together(accelerator, lambda: ClipStore([*train_folders, *test_folders], config.data.size))
@@ -66,21 +71,27 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
     model, optimizer = engine.prepare(accelerator, built.model, build_optimizer(built.model, config.training))
     # Fails, if at all, after its last forward pass: no process leaves another in the engine.
     together(accelerator, lambda: self_check(config, built))
-    on_main(accelerator, lambda: workspace.open_run(folder, config, mode, plan, store.fingerprint, sharding))
-    on_main(accelerator, lambda: _write_stratification(folder, plan, store))
-    for fold in chosen:
-        start = initial
-        if config.model.training_statistics and built.relations is not None:
-            labels = store.view(fold.train).labels(plan.aus)
-            start = {**initial, "graph.edge_strength": _strengths_from_statistics(built, labels)}
-        engine_state.reset(built.model, optimizer, start)
-        trainer = FoldTrainer(accelerator, config, built, model, optimizer, store, fold, plan.aus, score)
-        logger.info(
-            "Fold %d (%s): %d training, %d inner and %d test clips, %d steps of %d clips",
-            fold.index, fold.name, len(fold.train), len(fold.inner), len(fold.test), trainer.total_steps,
-            config.training.global_batch,
-        )  # fmt: skip
-        trainer.run(resume=mode == "resume")
+    lock = RunLock(folder)
+
+    def open_run() -> None:
+        lock.take(fold.index for fold in chosen)
+        workspace.open_run(folder, config, mode, plan, store.fingerprint, sharding)
+        _write_stratification(folder, plan, store)
+
+    try:
+        on_main(accelerator, open_run)
+        together(accelerator, life.begins)
+        for fold in chosen:
+            life.agreement.now()
+            start = initial
+            if config.model.training_statistics and built.relations is not None:
+                labels = store.view(fold.train).labels(plan.aus)
+                start = {**initial, "graph.edge_strength": _strengths_from_statistics(built, labels)}
+            engine_state.reset(built.model, optimizer, start)
+            trainer = FoldTrainer(accelerator, config, built, model, optimizer, store, fold, plan.aus, score, life)
+            trainer.run(resume=mode == "resume")
+    finally:
+        lock.release()
     accelerator.wait_for_everyone()
     engine.release(accelerator, model)
     return folder

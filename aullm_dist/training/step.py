@@ -81,8 +81,25 @@ class TrainStep:
         self.objective, self.training, self.guard = objective, training, guard
         self.accumulation, self.tokens = accumulation, tokens
 
-    def run(self, batches: Iterator[Batch], step: int, total_steps: int, log: LossLog, rate: Throughput) -> None:
+    def run(
+        self,
+        batches: Iterator[Batch],
+        step: int,
+        total_steps: int,
+        log: LossLog,
+        rate: Throughput,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
         """Take step `step` (from 0) of `total_steps`, and count its losses and its work.
+
+        Args:
+            batches: micro-batches of this process.
+            step: the step.
+            total_steps: of the fold.
+            log: sums of losses.
+            rate: clips and tokens.
+            tick: called before each micro-batch; what it raises leaves parameters and optimizer as the last completed
+                step left them, and the engine unfit for another.
 
         Raises:
             UserError: too many steps in a row had a gradient that is not finite.
@@ -91,6 +108,7 @@ class TrainStep:
         factor = schedule(step, total_steps, training.warmup_fraction, training.min_lr_fraction)
         set_learning_rates(self.guard.optimizer, factor)
         for micro in range(self.accumulation):
+            tick()
             batch = self.fetch(batches)
             # Dropout depends on (seed, step, micro-step, rank) alone, so there is no generator state to save.
             key = generator(training.seed, "dropout", step, micro, self.accelerator.process_index)

@@ -17,6 +17,7 @@ from aullm_dist.data.protocols import FoldPlan, read_folds, write_folds
 from aullm_dist.errors import UserError
 from aullm_dist.files import write_text
 from aullm_dist.log import get_logger
+from aullm_dist.training.lock import refuse_running
 from aullm_dist.training.manifest import library_versions
 
 logger = get_logger(__name__)
@@ -36,6 +37,9 @@ _MAY_CHANGE = {
     "training.check_memory",
     "training.keep_checkpoints",
     "training.save_every_steps",
+    "training.verify",
+    "training.grace_seconds",
+    "training.max_failures",
     "data.workers",
     "data.fold",
     "monitor.tensorboard",
@@ -52,7 +56,8 @@ def check_run_folder(config: Config, mode: Mode) -> Path:
             remove what an earlier run trained there, `again` does so only for a run of this very configuration.
 
     Raises:
-        UserError: the folder holds a run and `new` was asked for, or the run in it has another configuration.
+        UserError: the folder holds a run and `new` was asked for, the run in it has another configuration, or another
+            process trains in it.
     """
     run = Path(config.training.output)
     if run.exists() and not run.is_dir():
@@ -65,6 +70,8 @@ def check_run_folder(config: Config, mode: Mode) -> Path:
         )
     if mode in ("resume", "again") and saved.exists():
         _refuse_other_config(saved, config, mode)
+    # All folds are replaced, so nobody may train any of them; a job of one fold goes beside those of others.
+    refuse_running(run, config.data.fold if mode == "resume" else None)
     return run
 
 

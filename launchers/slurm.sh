@@ -1,0 +1,35 @@
+#!/bin/bash
+# sbatch [--nodes=N] [sbatch options] launchers/slurm.sh CONFIG [section.key=value ...]        (docs/cluster.md)
+# Trains with --resume auto and starts itself again after a pre-emption, a time limit or a failure.
+#SBATCH --job-name=aullm
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+#SBATCH --open-mode=append
+
+[ -n "${SLURM_JOB_ID:-}" ] || { echo "slurm.sh: SLURM_JOB_ID is not set; start with sbatch launchers/slurm.sh CONFIG" >&2; exit 2; }
+[ $# -gt 0 ] || { echo "slurm.sh: no run file; sbatch launchers/slurm.sh CONFIG [section.key=value ...]" >&2; exit 2; }
+# What a site needs (modules, virtual environment, container, network): a file of its own, see launchers/site.example.sh.
+site=${AULLM_SITE:-launchers/site.sh}
+[ ! -e "$site" ] || . "$site" || { echo "slurm.sh: $site failed" >&2; exit 2; }
+
+export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+
+signal=
+trap 'signal=${signal:-USR1}; kill -USR1 "$srun"' USR1
+trap 'signal=TERM' TERM
+# Expanded inside of the task: in this script every node would be the first one.
+srun --kill-on-bad-exit=1 ${AULLM_SRUN_OPTIONS:-} bash -c 'exec ${AULLM_CONTAINER:-} torchrun \
+  --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" \
+  --nproc-per-node="${AULLM_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}" \
+  --master-addr="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}" --master-port="$MASTER_PORT" \
+  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=300 \
+  -m aullm_dist.train --resume auto --offline --config "$@"' task "$@" &
+srun=$!
+# A trapped signal ends wait, not srun.
+while :; do wait "$srun"; status=$?; kill -0 "$srun" 2>/dev/null || break; done
+
+if ${AULLM_CONTAINER:-} aullm-dist requeue --status="$status" --signal="$signal" -- "$@"; then
+  scontrol requeue "$SLURM_JOB_ID" && sleep 60  # SLURM ends this script before that
+fi
+exit "$status"
