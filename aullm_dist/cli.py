@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     from aullm_dist.model.quantize_cli import add_quantize_arguments, run_quantize
     from aullm_dist.planning.plan_cli import add_plan_arguments, run_plan
     from aullm_dist.training.checkpoint_cli import add_checkpoint_arguments, run_checkpoint_verify
+    from aullm_dist.training.requeue_cli import add_requeue_arguments, run_requeue
 
     parser = argparse.ArgumentParser(
         prog="aullm-dist",
@@ -77,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("compare", "print the difference of two runs, clip by clip paired", add_compare_arguments, run_compare)
     add("predict", "answer prepared clips with a trained checkpoint", add_predict_arguments, run_predict)
     add("checkpoint", "inspect checkpoints", add_checkpoint_arguments, run_checkpoint_verify)
+    add("requeue", "decide whether a SLURM job that ended is to go round again", add_requeue_arguments, run_requeue)
     return parser
 
 

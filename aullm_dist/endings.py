@@ -16,6 +16,9 @@ from aullm_dist.errors import CheckpointError, UserError
 # How long a process leaves the last word to the main process, and more for each process that is before it on its
 # machine: the launcher ends all of them when the first has ended.
 _GRACE_SECONDS, _MORE_SECONDS = 5.0, 1.0
+_LOST_SECONDS = 10.0
+"""A process that has lost another leaves it to the other's launcher to say so first."""
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
 
 
 def report(error: UserError | CheckpointError, program: str) -> None:
@@ -38,9 +41,19 @@ def crash(kind: type[BaseException], error: BaseException, trace: TracebackType 
     It is a `sys.excepthook`. It writes to the true stderr: torch puts a buffer in its place while it calls the hook, to
     print it behind the rank afterwards.
     """
-    who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+    who = f"[rank {os.environ['RANK']}{_on_node()}] " if "RANK" in os.environ else ""
+    if "RANK" in os.environ and any(phrase in str(error) for phrase in _LOST):
+        # Its own traceback would say where it waited, and its own end would look like the cause.
+        print(f"{who}lost another process of the run: {error}", file=sys.__stderr__, flush=True)
+        time.sleep(_LOST_SECONDS)
+        leave(1)
     print(who + "".join(traceback.format_exception(kind, error, trace)), end="", file=sys.__stderr__, flush=True)
     leave(1)
+
+
+def _on_node() -> str:
+    node = os.environ.get("SLURMD_NODENAME")
+    return f" on {node}" if node else ""
 
 
 def leave(code: int) -> NoReturn:

@@ -47,9 +47,7 @@ def ask(monkeypatch, module, name, call, number=signal.SIGUSR1):
 # Where a run is signalled, and the step that its newest checkpoint then has.
 MOMENTS = {
     "load": (run, "build_model", 1, None),
-    "first step": (step.TrainStep, "forward", 1, None),
     "accumulation": (step.TrainStep, "forward", 9, 4),
-    "update": (step.TrainStep, "update", 2, 2),
     "evaluation": (heldout, "evaluation_batches", 1, 3),
     "last evaluation": (heldout, "evaluation_batches", 3, 6),
     "save": (checkpoint, "write_manifest", 1, 3),
