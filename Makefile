@@ -10,7 +10,7 @@ INSTALL := $(if $(shell command -v nvidia-smi 2>/dev/null),-e .[cuda$(comma)dev]
 # One process, and no questions: without these accelerate lists its defaults at every start.
 LAUNCH := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo test test-unit test-kernels check format bench clean
+.PHONY: setup demo test test-unit test-kernels test-faults check format bench clean
 
 setup: $(VENV)/.ready
 
@@ -28,7 +28,7 @@ demo: setup
 # What starts processes of its own has the machine to itself.
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 tests/unit tests/ops
-	$(BIN)/python -m pytest tests/run
+	$(BIN)/python -m pytest --ignore tests/unit --ignore tests/ops
 
 test-unit: setup
 	$(BIN)/python -m pytest --numprocesses 2 tests/unit
@@ -36,6 +36,10 @@ test-unit: setup
 test-kernels: setup
 	$(BIN)/python -m pytest --numprocesses 2 tests/ops
 	$(BIN)/python -m pytest tests/run/test_kernel_aot.py
+
+test-faults: setup
+	mkdir -p build
+	$(BIN)/python tests/faults/suite.py --markdown build/faults.md
 
 check: setup
 	$(BIN)/ruff format --check .

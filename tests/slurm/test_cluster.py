@@ -16,9 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cluster import Cluster, missing, wait_for
 from training_runs import checkpoint_tensors, logits, newest_checkpoint, overrides, partition_everything
 
-pytestmark = [pytest.mark.launch, pytest.mark.slurm]
+pytestmark = [pytest.mark.launch, pytest.mark.slurm, pytest.mark.timeout(1200)]
 
 STEPS = 24
+LONG = 400
+"""Seconds that something may take on a busy machine; what is asserted about time is measured apart."""
 SCRIPT = "launchers/slurm.sh"
 
 
@@ -93,7 +95,7 @@ def uninterrupted(cluster, settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     output, run = folder / "job.out", folder / "run"
     job = cluster.submit("--nodes=2", f"--output={output}", SCRIPT, "demo", *settings(run))
-    wait_for(lambda: ended(cluster, job), 200, f"job {job} to end")
+    wait_for(lambda: ended(cluster, job), LONG, f"job {job} to end")
     text = output.read_text()
     assert cluster.state(job) == "COMPLETED", text
     return run, text
@@ -111,31 +113,31 @@ def test_preempted_then_killed_ends_as_the_uninterrupted_run(cluster, uninterrup
     output, run = tmp_path / "job.out", tmp_path / "run"
     job = cluster.submit("--nodes=2", f"--output={output}", SCRIPT, "demo", *settings(run))
     # First life: SLURM's warning that the time is up.
-    wait_for(lambda: saved(run), 100, "the first step")
+    wait_for(lambda: saved(run), LONG, "the first step")
     signalled = time.monotonic()
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     marker = run / "fold-00" / "PREEMPTED"
-    wait_for(marker.exists, 60, "the marker")
+    wait_for(marker.exists, LONG, "the marker")
     to_marker = time.monotonic() - signalled
     content = json.loads(marker.read_text())
     assert (content["job_id"], content["restart_count"]) == (job, 0)
     assert content["step"] == saved(run)[-1] < STEPS
-    wait_for(lambda: cluster.state(job) == "PENDING", 60, "SLURM to take the job back")
+    wait_for(lambda: cluster.state(job) == "PENDING", LONG, "SLURM to take the job back")
     # Second life: a process dies on the second node.
     cluster.start_now(job)
     first = saved(run)[-1]
-    wait_for(lambda: saved(run)[-1] > first, 100, "a step of the second life")
+    wait_for(lambda: saved(run)[-1] > first, LONG, "a step of the second life")
     assert not marker.exists()
     killed = time.monotonic()
     os.kill(worker(job, 1), signal.SIGKILL)
-    wait_for(lambda: cluster.state(job) == "PENDING", 90, "SLURM to take the job back")
+    wait_for(lambda: cluster.state(job) == "PENDING", LONG, "SLURM to take the job back")
     to_requeue = time.monotonic() - killed
     text = output.read_text()
     assert re.findall(r"srun: error: (n\d): task", text)[0] == "n2", text
     assert "failed with exit code 1 after completing steps (1 of 3 allowed failures)" in text
     # Third life: to the end.
     cluster.start_now(job)
-    wait_for(lambda: ended(cluster, job), 200, "the end")
+    wait_for(lambda: ended(cluster, job), LONG, "the end")
     assert cluster.state(job) == "COMPLETED"
     assert cluster.value(job, "Restarts") == "2"
     same(uninterrupted[0], run)
@@ -154,27 +156,27 @@ def test_an_array_of_folds_with_a_failing_one(cluster, settings, tmp_path):
     root = Path(SCRIPT).resolve().parent
     printed = cluster.run(str(root / "slurm_folds.sh"), "2-3", "demo", *short, cwd=tmp_path, more=environment)
     array, tables = re.fullmatch(r"trains: job array (\d+); writes the tables: job (\d+)\n", printed).groups()
-    wait_for(lambda: ended(cluster, tables), 200, "the tables")
+    wait_for(lambda: ended(cluster, tables), LONG, "the tables")
     logs = {task: (tmp_path / f"aullm-{array}_{task}.out").read_text() for task in (2, 3)}
     assert saved(run, 2)[-1] == 2, logs[2]
     assert "data.fold is 3; allowed: 0 to 2" in logs[3]
-    assert "a mistake in its input" in logs[3]
+    assert "starting again" not in logs[3]
     assert sorted(cluster.state(array).split()) == ["COMPLETED", "FAILED"]
     assert json.loads((run / "metrics.json").read_text())["num_clips"] == 8
     # Once more: the fold that is done is left alone.
     before = (run / "fold-02" / "checkpoints" / "step-00000002" / "MANIFEST.json").stat().st_mtime_ns
     printed = cluster.run(str(root / "slurm_folds.sh"), "2-2", "demo", *short, cwd=tmp_path, more=environment)
     again = printed.split()[-1]
-    wait_for(lambda: ended(cluster, again), 200, "the tables")
+    wait_for(lambda: ended(cluster, again), LONG, "the tables")
     assert (run / "fold-02" / "checkpoints" / "step-00000002" / "MANIFEST.json").stat().st_mtime_ns == before
 
 
 def test_scancel_saves_and_is_not_started_again(cluster, settings, tmp_path):
     output, run = tmp_path / "job.out", tmp_path / "run"
     job = cluster.submit("--nodes=2", f"--output={output}", SCRIPT, "demo", *settings(run))
-    wait_for(lambda: saved(run), 100, "the first step")
+    wait_for(lambda: saved(run), LONG, "the first step")
     cluster.run("scancel", job)
-    wait_for(lambda: ended(cluster, job), 60, "the end")
+    wait_for(lambda: ended(cluster, job), LONG, "the end")
     text = output.read_text()
     assert cluster.state(job) == "CANCELLED", text
     marker = json.loads((run / "fold-00" / "PREEMPTED").read_text())
