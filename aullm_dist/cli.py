@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     from aullm_dist.data.folds_cli import add_folds_arguments, run_folds
     from aullm_dist.data.prepare_cli import add_prepare_arguments, run_prepare
     from aullm_dist.data.synthesize_cli import add_synthesize_arguments, run_synthesize
+    from aullm_dist.doctor.doctor_cli import add_doctor_arguments, run_doctor
     from aullm_dist.evaluation.evaluate_cli import (
         add_compare_arguments,
         add_evaluate_arguments,
@@ -78,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("compare", "print the difference of two runs, clip by clip paired", add_compare_arguments, run_compare)
     add("predict", "answer prepared clips with a trained checkpoint", add_predict_arguments, run_predict)
     add("checkpoint", "inspect checkpoints", add_checkpoint_arguments, run_checkpoint_verify)
+    add("doctor", "check this machine, or under srun the nodes of a job", add_doctor_arguments, run_doctor)
     add("requeue", "decide whether a SLURM job that ended is to go round again", add_requeue_arguments, run_requeue)
     return parser
 

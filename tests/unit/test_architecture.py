@@ -15,7 +15,7 @@ RANKS = {
     "data": 2, "model": 2,
     "planning": 3,
     "training": 4,
-    "evaluation": 5,
+    "evaluation": 5, "doctor": 5,
     "config_cli": 6, "cli": 7, "train_cli": 7,
     "train": 8,
 }  # fmt: skip
