@@ -150,6 +150,26 @@ def test_resume_is_bit_identical(train, tmp_path, engine, precision):
     assert logits(whole.folder) == logits(resumed)
 
 
+def test_a_resume_may_change_the_number_of_processes(train, tmp_path):
+    """Two processes, then one, then two again, on a divided NF4 base: the loss curve of those that never stopped."""
+    whole = train("zero3_all", "nf4_fp32")
+    resumed = interrupted(whole.folder, tmp_path / "run")
+    settings = [*whole.settings, f"training.output={resumed}", "training.save_every_steps=3", "--resume", "auto"]
+    for processes, micro_batch, last in ((1, 8, "step-00000009"), (2, 2, "step-00000010")):
+        changes = [f"training.processes={processes}", f"training.micro_batch={micro_batch}"]
+        result = launch(*settings, *changes, processes=processes)
+        assert result.returncode == 0, result.stderr
+        assert json.loads((newest_checkpoint(resumed) / "MANIFEST.json").read_text())["world_size"] == processes
+        if processes == 1:
+            shutil.rmtree(newest_checkpoint(resumed))
+            shutil.rmtree(resumed / "fold-00" / "predictions")
+            assert newest_checkpoint(resumed).name == last
+    agree(whole, Trained(resumed, settings, ""), FLOAT32)
+    expected, found = logits(whole.folder), logits(resumed)
+    for sample_id, row in found.items():
+        assert row == pytest.approx(expected[sample_id], rel=1e-3, abs=1e-4)
+
+
 @pytest.mark.parametrize(("engine", "precision"), [("zero3_all", "nf4"), ("ddp", "nf4")])
 def test_training_goes_on_unchanged_after_an_evaluation(train, engine, precision):
     seldom = train(engine, precision)

@@ -3,18 +3,26 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import torch
 from training_runs import (
+    TRAIN,
     checkpoint_tensors,
+    free_port,
     logits,
     newest_checkpoint,
     overrides,
+    partition_everything,
     train_here,
 )  # fmt: skip
 
 from aullm_dist.training import checkpoint, fold, heldout, run, step
+from aullm_dist.training.manifest import verify_checkpoint
 
 pytestmark = pytest.mark.launch
 
@@ -79,3 +87,34 @@ def test_stops_anywhere_and_goes_on_bit_identically(whole, tmp_path, monkeypatch
     names = [sorted(path.name for path in folder.glob("fold-00/predictions/*")) for folder in (reference, stopped)]
     assert names[0] == names[1]
     assert logits(reference) == logits(stopped)
+
+
+def test_one_signalled_process_stops_both(tiny_dataset, tiny_llm, tmp_path):
+    """ZeRO-3 with everything divided, two micro-batches per step; only the second process is asked to stop."""
+    run = tmp_path / "run"
+    settings = overrides(
+        tiny_dataset, tiny_llm, run, training__strategy=partition_everything(tmp_path), training__global_batch=8,
+        training__micro_batch=2, training__epochs=999, training__max_steps=500, training__save_every_steps=2,
+        training__evaluate_every_epochs=99, data__workers=1,
+    )  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    with subprocess.Popen([*command, str(TRAIN), *settings], stderr=subprocess.PIPE, text=True) as launcher:
+        checkpoints = run / "fold-00" / "checkpoints"
+        while not list(checkpoints.glob("step-*")):
+            assert launcher.poll() is None, launcher.stderr.read()
+            time.sleep(0.1)
+        os.kill(process_of_rank(1, launcher.pid), signal.SIGTERM)
+        errors = launcher.communicate()[1]
+    assert launcher.returncode == 0, errors
+    marker = json.loads((run / "fold-00" / "PREEMPTED").read_text())
+    assert newest_checkpoint(run).name == f"step-{marker['step']:08d}"
+    assert marker["step"] < 500
+    assert verify_checkpoint(newest_checkpoint(run)) == []
+
+
+def process_of_rank(rank, parent):
+    """Return the process of a rank below a launcher."""
+    for child in psutil.Process(parent).children():
+        if child.environ().get("RANK") == str(rank):
+            return child.pid
+    raise AssertionError(f"no process of rank {rank}")

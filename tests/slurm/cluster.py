@@ -178,8 +178,8 @@ class Cluster:
         )
 
     def start_now(self, job: str) -> None:
-        """Let a requeued job begin: SLURM holds it for two minutes."""
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        """Let a requeued job begin soon: SLURM holds it for two minutes, and a node refuses it in its last second."""
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")
 
 
 def wait_for(ready: Callable[[], object], seconds: float, what: str) -> None:
