@@ -140,14 +140,17 @@ def _refuse_other_config(saved: Path, config: Config, mode: Mode) -> None:
     content = yaml.safe_load(saved.read_text(encoding="utf-8"))
     before, now = to_dict(from_dict(content, str(saved))), to_dict(config)
     remedy = "resume with the same configuration" if mode == "resume" else "add --replace to train anew"
-    for group, values in now.items():
-        for key, value in values.items():
-            name = f"{group}.{key}"
-            if name not in _MAY_CHANGE and before[group][key] != value:
-                raise UserError(
-                    f"{saved.parent} holds a run with {name} = {before[group][key]!r}, now it is {value!r}; {remedy} "
-                    "or choose another folder with training.output="
-                )
+    differences = [
+        f"{group}.{key} = {before[group][key]!r}, now it is {value!r}"
+        for group, values in now.items()
+        for key, value in values.items()
+        if f"{group}.{key}" not in _MAY_CHANGE and before[group][key] != value
+    ]
+    if differences:
+        raise UserError(
+            f"{saved.parent} holds a run with {'; '.join(differences)}; {remedy} or choose another folder with "
+            "training.output="
+        )
 
 
 def environment() -> dict[str, Any]:
