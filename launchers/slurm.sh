@@ -38,6 +38,8 @@ srun=$!
 while :; do wait "$srun"; status=$?; kill -0 "$srun" 2>/dev/null || break; done
 
 if ${AULLM_CONTAINER:-} aullm-dist requeue --status="$status" --signal="$signal" -- "$@"; then
-  scontrol requeue "$SLURM_JOB_ID" && sleep 60  # SLURM ends this script before that
+  # SLURM ends this script by SIGTERM; one that lived on would end the next life of the job with its own exit code.
+  trap - TERM USR1
+  scontrol requeue "$SLURM_JOB_ID" && exec sleep 10
 fi
 exit "$status"

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from aullm_dist.slurm import node_of
 
 Level = Literal["ok", "note", "FAIL"]
@@ -82,6 +80,8 @@ def _gpus(timeout: float) -> Finding:
 
 
 def _memory() -> Finding:
+    import psutil
+
     memory = psutil.virtual_memory()
     return Finding("memory", "ok", f"{memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB free")
 
@@ -97,6 +97,8 @@ def _disk(folder: Path) -> Finding:
 
 
 def _interfaces() -> list[Finding]:
+    import psutil
+
     there = {
         name: [address.address for address in addresses if address.family == socket.AF_INET]
         for name, addresses in psutil.net_if_addrs().items()
