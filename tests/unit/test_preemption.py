@@ -1,0 +1,107 @@
+"""Agreement of the processes: seldom, at the same micro-batch, and never waited for where it was asked."""
+
+import math
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from aullm_dist.signals import StopSignals
+from aullm_dist.training import preemption
+from aullm_dist.training.preemption import EXCHANGE_SECONDS, Agreement, Preempted
+
+
+class Group:
+    """Stands for a group of two processes; the other one may have been signalled."""
+
+    def __init__(self, seconds):
+        self.now, self.seconds, self.other = 100.0, seconds, 0.0
+        self.sent: list[float] = []
+        self.waited: list[float] = []
+
+    def all_reduce(self, values, op, async_op):
+        assert async_op
+        self.sent.append(self.now)
+        values.numpy()[0] = max(values.numpy()[0], self.other)
+        return SimpleNamespace(wait=lambda: self.waited.append(self.now))
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """Return a function that makes an agreement whose micro-batches take some seconds each."""
+
+    def make(seconds):
+        group = Group(seconds)
+        monkeypatch.setattr(preemption, "time", SimpleNamespace(monotonic=lambda: group.now))
+        monkeypatch.setattr(preemption.dist, "all_reduce", group.all_reduce)
+        accelerator = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+        return group, Agreement(accelerator, StopSignals())
+
+    return make
+
+
+def ticks(group, agreement, count):
+    for _ in range(count):
+        group.now += group.seconds
+        agreement.tick()
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.3, 20.0])
+def test_flags_are_exchanged_seldom_and_read_later(group, seconds):
+    group, agreement = group(seconds)
+    ticks(group, agreement, 1000)
+    # At every other micro-batch where one takes longer than the pause: one sends and the next reads.
+    pause = max(EXCHANGE_SECONDS, 2 * seconds)
+    assert len(group.sent) <= 1000 * seconds / pause + 3
+    assert all(waited > sent for sent, waited in zip(group.sent, group.waited, strict=False))
+    assert agreement.seconds_per_tick == pytest.approx(seconds, rel=0.2)
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.3, 20.0])
+def test_a_signal_of_any_process_stops_soon(group, seconds):
+    group, agreement = group(seconds)
+    ticks(group, agreement, 500)
+    asked, group.other = group.now, 1.0
+    with pytest.raises(Preempted):
+        ticks(group, agreement, 10_000)
+    assert group.now - asked <= EXCHANGE_SECONDS + 1.0 + 3 * seconds
+
+
+def test_an_exchange_reads_no_value_of_the_device(group):
+    group, agreement = group(10.0)
+    ticks(group, agreement, 4)
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        ticks(group, agreement, 4)
+    names = {event.name for event in trace.events()}
+    assert not names & {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
+
+
+def test_alone_there_is_nobody_to_ask(monkeypatch):
+    monkeypatch.setattr(preemption.dist, "all_reduce", None)
+    signals = StopSignals()
+    agreement = Agreement(SimpleNamespace(num_processes=1, device=torch.device("cpu")), signals)
+    agreement.tick()
+    signals.received = "SIGUSR1"
+    with pytest.raises(Preempted):
+        agreement.tick()
+
+
+def test_signals_are_noted_and_then_left_alone():
+    before = signal.getsignal(signal.SIGUSR1)
+    signals = StopSignals()
+    signals.install()
+    try:
+        assert signals.received is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        deadline = time.monotonic() + 5
+        while signals.received is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert signals.received == "SIGUSR1"
+        assert not math.isnan(signals.received_at)
+    finally:
+        signals.close()
+    assert signal.getsignal(signal.SIGUSR1) == before
