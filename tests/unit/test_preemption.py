@@ -1,5 +1,6 @@
 """Agreement of the processes: seldom, at the same micro-batch, and never waited for where it was asked."""
 
+import logging
 import math
 import os
 import signal
@@ -10,8 +11,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from aullm_dist.config import load
 from aullm_dist.signals import StopSignals
+from aullm_dist.slurm import Job
 from aullm_dist.training import preemption
+from aullm_dist.training.job import JobRecord, is_preempted, read_record
+from aullm_dist.training.life import Life
 from aullm_dist.training.preemption import EXCHANGE_SECONDS, Agreement, Preempted
 
 
@@ -105,3 +110,46 @@ def test_signals_are_noted_and_then_left_alone():
     finally:
         signals.close()
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.fixture
+def life(tmp_path, monkeypatch):
+    """Return a function that makes the life of a job with a grace period."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def make(grace_seconds):
+        config = load(None, [f"training.output={tmp_path}", f"training.grace_seconds={grace_seconds}"])
+        accelerator = SimpleNamespace(num_processes=1, device=torch.device("cpu"), is_main_process=True)
+        return Life(accelerator, config, StopSignals())
+
+    return make
+
+
+def test_a_save_that_does_not_fit_is_said_at_the_first_one(life, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("aullm_dist"), "propagate", True)
+    short = life(1.5)
+    assert short.rehearses
+    for _ in range(2):
+        with short.saves():
+            pass
+    assert not short.rehearses
+    assert caplog.text.count("training.grace_seconds is 1.5; ask SLURM for more") == 1
+    caplog.clear()
+    with caplog.at_level(logging.INFO), life(300).saves():
+        pass
+    assert "about 2 s of the 300 s of training.grace_seconds" in caplog.text
+
+
+def test_the_first_step_of_a_life_is_put_on_record(life, tmp_path):
+    begun = life(300)
+    begun.begins()
+    assert read_record(tmp_path) == JobRecord("7", 0, False, 0)
+    begun.completed_step()
+    assert read_record(tmp_path) == JobRecord("7", 0, True, 0)
+
+
+def test_leaving_while_loading_is_a_pre_emption(life, tmp_path):
+    loading = life(300)
+    loading.signals.leave_loading()
+    assert is_preempted(tmp_path, Job("7", 0))
+    assert not is_preempted(tmp_path, Job("7", 1))
