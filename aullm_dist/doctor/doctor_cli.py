@@ -19,6 +19,7 @@ from aullm_dist.doctor.meeting import (
     missing_tokens,
     place_of,
     remove_token,
+    reports_of,
     write_token,
 )
 from aullm_dist.errors import UserError
@@ -98,16 +99,19 @@ def _report(args: argparse.Namespace, place: Place, skew: float) -> tuple[dict[s
 
 def _main_task(args: argparse.Namespace, place: Place, begun: float) -> int:
     with listen(place) as server:
-        report, token = _report(args, place, 0.0)
-        # The others try their libraries before they report, as this task has done.
-        peers, findings = gather(server, place, args.timeout * (1 if args.quick else 3))
-    reports = {0: report} | {rank: theirs for rank, (_, theirs) in peers.items()}
+        peers, findings = gather(server, place, args.timeout)
+    report, token = _report(args, place, 0.0)
+    # The others try as much as this task has, some of them on slower disks.
+    theirs, silent = reports_of(peers, place, 3 * args.timeout + (600.0 if args.prebuild else 0.0))
+    reports = {0: report} | theirs
+    findings += silent
+    peers = {rank: peer for rank, peer in peers.items() if rank in reports}
     for _, theirs in sorted(reports.items()):
         _print(theirs["node"], (Finding(*line) for line in theirs["findings"]))
         findings += [Finding(*line) for line in theirs["findings"] if line[1] == "FAIL"]
     compared = compare(reports)
     tokens = {theirs["node"]: theirs["token"] for theirs in reports.values()}
-    answers = _second_round(args, place, peers, tokens)
+    answers = _second_round(args, place, peers, reports, tokens)
     together = [*_seen(answers, reports), *compared]
     if not any(finding.check == "rendezvous" for finding in findings):
         met = (
@@ -119,24 +123,28 @@ def _main_task(args: argparse.Namespace, place: Place, begun: float) -> int:
     _print("all", together)
     remove_token(args.folder, token)
     code = _end([*findings, *together], begun)
-    for peer, _ in peers.values():
+    for peer in peers.values():
         _tell(peer, code)
     return code
 
 
 def _second_round(
-    args: argparse.Namespace, place: Place, peers: Mapping[int, tuple[Peer, dict]], tokens: Mapping[str, str]
+    args: argparse.Namespace,
+    place: Place,
+    peers: Mapping[int, Peer],
+    reports: Mapping[int, Mapping[str, Any]],
+    tokens: Mapping[str, str],
 ) -> dict[int, dict[str, Any]]:
     """Have every task look for the others' files, and try a collective where all have come."""
     complete = len(peers) == place.size - 1
-    for peer, _ in peers.values():
+    for peer in peers.values():
         _tell(peer, {"tokens": tokens, "group": complete and not args.quick})
     answers = {0: _look(args, place, tokens, complete and not args.quick)}
-    for rank, (peer, theirs) in peers.items():
+    for rank, peer in peers.items():
         try:
             answers[rank] = peer.receive(time.monotonic() + args.timeout + 15.0)
         except (OSError, ValueError):
-            answers[rank] = {"missing": [], "group": [1, f"{theirs['node']} left in between"]}
+            answers[rank] = {"missing": [], "group": [1, f"{reports[rank]['node']} left in between"]}
     return answers
 
 
@@ -172,7 +180,7 @@ def _other_task(args: argparse.Namespace, place: Place) -> int:
     try:
         report, token = _report(args, place, skew)
         peer.send(report)
-        deadline = time.monotonic() + 4 * args.timeout + 15.0
+        deadline = time.monotonic() + 8 * args.timeout + (600.0 if args.prebuild else 0.0)
         order = peer.receive(deadline)
         peer.send(_look(args, place, order["tokens"], order["group"]))
         return int(peer.receive(deadline))

@@ -28,7 +28,7 @@ _DEEPSPEED = """
 import contextlib, io, os
 with contextlib.redirect_stdout(io.StringIO()):
     import deepspeed
-    from deepspeed.ops.op_builder import ALL_OPS
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
     built = []
     for name in filter(None, os.environ.get("AULLM_PREBUILD", "").split(",")):
         ALL_OPS[name].load()

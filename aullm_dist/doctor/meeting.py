@@ -126,32 +126,42 @@ def listen(place: Place) -> socket.socket:
     return server
 
 
-def gather(server: socket.socket, place: Place, timeout: float) -> tuple[dict[int, tuple[Peer, dict]], list[Finding]]:
-    """Wait for the reports of all other tasks; return those that came, and a finding for each that did not."""
-    peers: dict[int, tuple[Peer, dict]] = {}
-    findings: list[Finding] = []
+def gather(server: socket.socket, place: Place, timeout: float) -> tuple[dict[int, Peer], list[Finding]]:
+    """Wait for all other tasks; return those that came, and a finding for each that did not."""
+    peers: dict[int, Peer] = {}
     deadline = time.monotonic() + timeout
     while len(peers) < place.size - 1 and time.monotonic() < deadline:
         server.settimeout(max(deadline - time.monotonic(), 0.01))
         try:
             peer = Peer(server.accept()[0])
-            peer.receive(deadline)
+            rank = int(peer.receive(deadline))
             peer.send(time.time())
-            report = peer.receive(deadline)
         except (OSError, ValueError):
             continue
-        peers[report["rank"]] = (peer, report)
-    for rank in sorted(set(range(1, place.size)) - peers.keys()):
-        who = place.name_of(rank)
-        findings.append(
-            Finding(
-                "rendezvous",
-                "FAIL",
-                f"{who} (task {rank}) did not come to {place.address}:{place.port} within "
-                f"{timeout:g} s; its own lines say why",
-            )  # fmt: skip
+        peers[rank] = peer
+    absent = [
+        Finding(
+            "rendezvous", "FAIL", f"{place.name_of(rank)} (task {rank}) did not come to {place.address}:{place.port} "
+            f"within {timeout:g} s; its own lines say why",
         )
-    return peers, findings
+        for rank in sorted(set(range(1, place.size)) - peers.keys())
+    ]  # fmt: skip
+    return peers, absent
+
+
+def reports_of(peers: Mapping[int, Peer], place: Place, timeout: float) -> tuple[dict[int, dict], list[Finding]]:
+    """Receive the report of each task that has come; return them, and a finding for each that does not report."""
+    deadline = time.monotonic() + timeout
+    reports: dict[int, dict] = {}
+    silent = []
+    for rank, peer in peers.items():
+        try:
+            reports[rank] = peer.receive(deadline)
+        except (OSError, ValueError) as error:
+            silent.append(
+                Finding("report", "FAIL", f"{place.name_of(rank)} (task {rank}) came and fell silent: {error}")
+            )
+    return reports, silent
 
 
 def join(place: Place, timeout: float) -> tuple[Peer, float]:
@@ -165,10 +175,9 @@ def join(place: Place, timeout: float) -> tuple[Peer, float]:
         try:
             left = max(deadline - time.monotonic(), 0.1)
             peer = Peer(socket.create_connection((place.address, place.port), timeout=min(left, 5.0)))
-            asked = time.time()
-            peer.send("hello")
-            theirs = peer.receive(deadline)
-            return peer, theirs - (asked + time.time()) / 2
+            peer.send(place.rank)
+            # The answer was on its way for less than a millisecond; how long it was waited for says nothing.
+            return peer, peer.receive(deadline) - time.time()
         except socket.gaierror as error:
             reason = f"the name cannot be resolved ({error.strerror})"
         except TimeoutError:

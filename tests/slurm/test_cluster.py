@@ -182,3 +182,13 @@ def test_scancel_saves_and_is_not_started_again(cluster, settings, tmp_path):
     marker = json.loads((run / "fold-00" / "PREEMPTED").read_text())
     assert marker["step"] == saved(run)[-1] < STEPS
     assert "starting again" not in text
+
+
+def test_the_doctor_finds_nothing_between_the_nodes(cluster, tmp_path):
+    printed = cluster.run(
+        "srun", "--nodes=2", "--ntasks-per-node=1", "aullm-dist", "doctor", "--distributed", "--quick",
+        f"--folder={tmp_path}", more={"MASTER_ADDR": "127.0.0.1"},
+    )  # fmt: skip
+    assert "2 tasks met at 127.0.0.1" in printed, printed
+    assert "n1, n2" in printed
+    assert "nothing stands in the way" in printed

@@ -39,6 +39,7 @@ def test_nodes_that_agree(tmp_path):
     assert "2 tasks met at 127.0.0.1" in main
     assert "every node reads what every other wrote" in main
     assert "the same on 2 tasks" in main
+    assert "clocks       within 0." in main
     assert "nothing stands in the way" in main
     assert other == ""
     assert list(tmp_path.iterdir()) == []
