@@ -177,9 +177,13 @@ class Cluster:
             if word.startswith(f"{key}=")
         )
 
-    def start_now(self, job: str) -> None:
-        """Let a requeued job begin soon: SLURM holds it for two minutes, and a node refuses it in its last second."""
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")
+    def start_soon(self, job: str, seconds: int = 3) -> None:
+        """Let a requeued job begin before the two minutes for which SLURM holds it are over.
+
+        There is a reason for them. A node refuses a job in the second in which it was requeued; and behind a step that
+        was killed SLURM repeats its order to end the job's processes after a minute, which the next life must not meet.
+        """
+        self.run("scontrol", "update", f"JobId={job}", f"StartTime=now+{seconds}")
 
 
 def wait_for(ready: Callable[[], object], seconds: float, what: str) -> None:

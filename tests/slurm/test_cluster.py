@@ -124,7 +124,7 @@ def test_preempted_then_killed_ends_as_the_uninterrupted_run(cluster, uninterrup
     assert content["step"] == saved(run)[-1] < STEPS
     wait_for(lambda: cluster.state(job) == "PENDING", LONG, "SLURM to take the job back")
     # Second life: a process dies on the second node.
-    cluster.start_now(job)
+    cluster.start_soon(job)
     first = saved(run)[-1]
     wait_for(lambda: saved(run)[-1] > first, LONG, "a step of the second life")
     assert not marker.exists()
@@ -136,7 +136,7 @@ def test_preempted_then_killed_ends_as_the_uninterrupted_run(cluster, uninterrup
     assert re.findall(r"srun: error: (n\d): task", text)[0] == "n2", text
     assert "failed with exit code 1 after completing steps (1 of 3 allowed failures)" in text
     # Third life: to the end.
-    cluster.start_now(job)
+    cluster.start_soon(job, 70)
     wait_for(lambda: ended(cluster, job), LONG, "the end")
     assert cluster.state(job) == "COMPLETED"
     assert cluster.value(job, "Restarts") == "2"
