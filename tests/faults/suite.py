@@ -27,6 +27,7 @@ from lives import Kill, begin, live, random_kill, wait
 from safetensors.numpy import load_file
 from training_runs import logits, newest_checkpoint, overrides
 
+from aullm_dist.training.manifest import read_manifest
 from aullm_dist.training.retention import find_newest_valid, list_checkpoints
 
 STEPS, SAVE_EVERY = 16, 2
@@ -87,6 +88,7 @@ class Suite:
             run = self.folder / f"chain{number}"
             number += 1
             kills = self._chain(run, kills)
+            sys.stderr.write(f"run {number} ended as it should; {len(kills)} kills are left\n")
             shutil.rmtree(run)
 
     def _chain(self, run: Path, kills: list[Kill]) -> list[Kill]:
@@ -221,7 +223,7 @@ def _newest(run: Path) -> int:
 def _final(run: Path) -> dict[str, object]:
     folder = newest_checkpoint(run)
     assert folder.name == f"step-{STEPS:08d}", folder
-    files = {path.name: path for path in folder.glob("*.safetensors")}
+    files = {name: folder / name for name in read_manifest(folder)["files"] if name.endswith(".safetensors")}
     tensors = {
         f"{name}:{key}": value.tobytes() for name, path in files.items() for key, value in load_file(path).items()
     }
@@ -256,7 +258,7 @@ def main() -> int:
             suite.chains(list(planned(suite.draw, 1, 9, 1)))
             suite.damage(every=13)
         else:
-            suite.chains(list(planned(suite.draw, 20, 1, 2)))
+            suite.chains(list(planned(suite.draw, 16, 1, 2)))
             suite.damage()
         suite.full_disk()
         suite.no_permission()
