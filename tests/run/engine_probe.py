@@ -41,7 +41,7 @@ def log_messages(name: str) -> None:
 def main() -> None:
     for name in ("all_gather", "all_gather_into_tensor", "broadcast", "all_reduce"):
         log_messages(name)
-    from aullm_dist.training import engine, fold
+    from aullm_dist.training import engine, fold, step
 
     def counting(what, work):
         def counted(*args, **kwargs):
@@ -66,7 +66,7 @@ def main() -> None:
         return prepared
 
     fold.save_checkpoint = counting("saves", fold.save_checkpoint)
-    fold.FoldTrainer._step = counting("steps", fold.FoldTrainer._step)
+    step.TrainStep.run = counting("steps", step.TrainStep.run)
     prepare, engine.prepare = engine.prepare, watch_prepare
     atexit.register(os.abort)
     atexit.register(write)

@@ -148,9 +148,9 @@ def test_a_crash_of_ours_shows_its_traceback(tiny_dataset, tiny_llm, tmp_path):
     """torch puts a buffer in the place of stderr while a process of a group dies, and these end before it is read."""
     script = tmp_path / "broken.py"
     script.write_text(
-        "import runpy, sys\nfrom aullm_dist.training import fold\n"
+        "import runpy, sys\nfrom aullm_dist.training import step\n"
         "def broken(*_):\n    raise AssertionError('on purpose')\n"
-        "fold.FoldTrainer._step = broken\n"
+        "step.TrainStep.run = broken\n"
         f"sys.argv[0] = {str(TRAIN)!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     result = launch(*short(tiny_dataset, tiny_llm, tmp_path / "run"), processes=2, script=script)
