@@ -21,6 +21,7 @@ from aullm_dist.data.protocols import Fold
 from aullm_dist.files import write_text
 from aullm_dist.log import all_loggers, get_logger
 from aullm_dist.model.aullm import Ablation
+from aullm_dist.signals import stand_apart
 from aullm_dist.training.batches import collate, training_loader
 from aullm_dist.training.build import BuiltModel, evaluation_recipe, training_recipe
 from aullm_dist.training.checkpoint import read_checkpoint, save_checkpoint
@@ -211,9 +212,11 @@ class FoldTrainer:
         batches = StreamedBatches(
             self.parquet, by_name, recipe, self.plan, steps, seed=self.config.training.seed, buffer=data.shuffle_buffer
         )
+        workers = min(data.workers, 1)
         return DataLoader(
-            batches, batch_size=None, collate_fn=collate, num_workers=min(data.workers, 1), pin_memory=pin
-        )
+            batches, batch_size=None, collate_fn=collate, num_workers=workers, pin_memory=pin,
+            worker_init_fn=stand_apart,
+        )  # fmt: skip
 
     def _training_labels(self) -> np.ndarray:
         labels = self.train_view.labels(self.aus)

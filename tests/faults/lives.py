@@ -4,6 +4,7 @@ A life costs a second instead of ten. The driver imports and forks, and does not
 that has used their threads cannot be forked.
 """
 
+import ctypes
 import os
 import random
 import resource
@@ -122,7 +123,7 @@ def live(
     kill: Kill | None = None,
     *,
     limit: int | None = None,
-    user: int | None = None,
+    obedient: bool = False,
 ) -> Ended:
     """Run the main job on two processes until it ends or is killed.
 
@@ -131,9 +132,9 @@ def live(
         folder: for log and report; made anew.
         kill: where it ends before its time.
         limit: bytes that a file may have: a full disk, as far as a process can tell.
-        user: the user to write as.
+        obedient: whether root, too, keeps to the permissions of files.
     """
-    pids = begin(arguments, folder, kill, limit=limit, user=user)
+    pids = begin(arguments, folder, kill, limit=limit, obedient=obedient)
     return wait(pids, folder)
 
 
@@ -143,7 +144,7 @@ def begin(
     kill: Kill | None = None,
     *,
     limit: int | None = None,
-    user: int | None = None,
+    obedient: bool = False,
 ) -> list[int]:
     """Fork the ranks of a life into one process group, and return their process ids."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -153,7 +154,7 @@ def begin(
     for rank in range(RANKS):
         pid = os.fork()
         if pid == 0:
-            _child(rank, port, pids[0] if pids else 0, arguments, folder, kill, limit, user)
+            _child(rank, port, pids[0] if pids else 0, arguments, folder, kill, limit, obedient)
         pids.append(pid)
         os.setpgid(pid, pids[0])
     return pids
@@ -167,7 +168,7 @@ def _child(
     folder: Path,
     kill: Kill | None,
     limit: int | None,
-    user: int | None,
+    obedient: bool,
 ) -> None:
     os.setpgid(0, group)
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -182,8 +183,8 @@ def _child(
             _Victim(kill, folder / "killed").arm()
         if limit is not None and rank == 0:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        if user is not None:
-            os.setuid(user)
+        if obedient:
+            _obey_permissions()
         leave(main(list(arguments)))
     except BaseException as error:
         if isinstance(error, SystemExit):
@@ -192,6 +193,16 @@ def _child(
         traceback.print_exc()
     finally:
         os._exit(70)
+
+
+def _obey_permissions() -> None:
+    """Give up root's right to pass over permissions (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH); for others a no-op."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # from linux/capability.h: version 3, this process
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, of 32 capabilities and of the next 32
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.capget(header, sets) == 0:
+        sets[0] &= ~0b110
+        libc.capset(header, sets)
 
 
 def wait(pids: list[int], folder: Path, seconds: float = 120.0) -> Ended:
