@@ -29,7 +29,7 @@ from training_runs import logits, newest_checkpoint, overrides
 from aullm_dist.training.manifest import read_manifest
 from aullm_dist.training.retention import find_newest_valid, list_checkpoints
 
-STEPS, SAVE_EVERY = 16, 2
+SAVE_EVERY = 2
 OPERATIONS = 28
 """File operations of a save and of letting go of the oldest checkpoint."""
 _PREPARE = """
@@ -60,20 +60,20 @@ class Row:
 class Suite:
     """The runs below one folder, and the rows of the table."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.draw = folder, random.Random(seed)
+    def __init__(self, folder: Path, seed: int, steps: int) -> None:
+        self.folder, self.draw, self.steps = folder, random.Random(seed), steps
         self.rows: dict[str, Row] = {}
         subprocess.run([sys.executable, "-c", _PREPARE, str(Path(__file__).parents[1]), str(folder)], check=True)
         self.reference = folder / "reference"
         ended = live(self.settings(self.reference), folder / "life")
         assert ended.codes == [0, 0], ended.log
-        self.expected = _final(self.reference)
+        self.expected = _final(self.reference, steps)
 
     def settings(self, run: Path) -> list[str]:
         """Return the arguments of a run that begins or goes on in `run`."""
         changes = {
             "training__global_batch": 8, "training__micro_batch": 2, "training__epochs": 99,
-            "training__max_steps": STEPS, "training__save_every_steps": SAVE_EVERY,
+            "training__max_steps": self.steps, "training__save_every_steps": SAVE_EVERY,
             "training__evaluate_every_epochs": 2, "training__keep_checkpoints": 2, "monitor__log_every_steps": 5,
         }  # fmt: skip
         return [*overrides(self.folder / "dataset", self.folder / "llm", run, **changes), "--resume", "auto"]
@@ -117,7 +117,7 @@ class Suite:
         """Let a run go on to its end, and compare."""
         ended = live(self.settings(run), self.folder / "life")
         assert ended.codes == [0, 0], ended.log
-        assert _final(run) == self.expected, f"{run} ended otherwise\n{ended.log}"
+        assert _final(run, self.steps) == self.expected, f"{run} ended otherwise\n{ended.log}"
 
     def damage(self, every: int = 1) -> None:
         """Damage each file of the newest checkpoint in turn, in four ways; resume from the one before."""
@@ -140,7 +140,7 @@ class Suite:
             assert found.name == wanted.name, f"{name} {how}: {found.name}"
             self._end(run)
             row.recovered += 1
-            row.lost_steps.append(STEPS - int(found.name.removeprefix("step-")))
+            row.lost_steps.append(self.steps - int(found.name.removeprefix("step-")))
             shutil.rmtree(run)
 
     def full_disk(self) -> None:
@@ -186,7 +186,7 @@ class Suite:
         assert second.codes[0] == 2, second.log
         assert "is being trained by another run" in second.log, second.log
         assert wait(pids, self.folder / "life").codes == [0, 0]
-        assert _final(run) == self.expected
+        assert _final(run, self.steps) == self.expected
         row.recovered += 1
 
     def table(self, seconds: float) -> str:
@@ -216,9 +216,9 @@ def _newest(run: Path) -> int:
     return int(found.name.rsplit("-", 1)[1].split(".")[0]) if found else 0
 
 
-def _final(run: Path) -> dict[str, object]:
+def _final(run: Path, steps: int) -> dict[str, object]:
     folder = newest_checkpoint(run)
-    assert folder.name == f"step-{STEPS:08d}", folder
+    assert folder.name == f"step-{steps:08d}", folder
     files = {name: folder / name for name in read_manifest(folder)["files"] if name.endswith(".safetensors")}
     tensors = {
         f"{name}:{key}": value.tobytes() for name, path in files.items() for key, value in load_file(path).items()
@@ -249,11 +249,11 @@ def main() -> int:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         Path(folder).chmod(0o755)
-        suite = Suite(Path(folder), args.seed)
+        suite = Suite(Path(folder), args.seed, steps=6 if args.quick else 16)
         try:
             if args.quick:
-                suite.chains(list(planned(suite.draw, 1, 9, 1)))
-                suite.damage(every=13)
+                suite.chains(list(planned(suite.draw, 1, 14, 1)))
+                suite.damage(every=22)
             else:
                 suite.chains(list(planned(suite.draw, 16, 1, 2)))
                 suite.damage()

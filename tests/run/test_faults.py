@@ -19,4 +19,4 @@ def test_a_small_part_of_the_fault_suite():
     names = " ".join(name for name, _, _ in rows)
     for part in ("in step", "in save", "newest checkpoint", "disk full", "write permission", "second run"):
         assert part in names, done.stdout
-    assert next(int(tried) for name, tried, _ in rows if name == "all kills") >= 5
+    assert next(int(tried) for name, tried, _ in rows if name == "all kills") >= 4
