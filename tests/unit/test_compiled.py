@@ -153,7 +153,7 @@ def test_compiled_blocks_are_refused_under_zero3(monkeypatch):
     monkeypatch.setattr(run_module.workspace, "check_run_folder", lambda *given: pytest.fail("refused too late"))
     config = load(None, ["model.compile=blocks", "training.strategy=zero3"])
     with pytest.raises(UserError, match="allowed with ZeRO-3: none"):
-        run_module.run(None, config, "new", None)
+        run_module.run(None, config, "new", None, None)
 
 
 def test_the_baseline_of_a_compiled_run_is_a_valid_run(tmp_path):

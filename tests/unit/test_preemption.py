@@ -1,6 +1,5 @@
 """Agreement of the processes: seldom, at the same micro-batch, and never waited for where it was asked."""
 
-import logging
 import math
 import os
 import signal
@@ -14,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from aullm_dist.config import load
 from aullm_dist.signals import StopSignals
 from aullm_dist.slurm import Job
+from aullm_dist.training import life as life_module
 from aullm_dist.training import preemption
 from aullm_dist.training.job import JobRecord, is_preempted, read_record
 from aullm_dist.training.life import Life
@@ -125,19 +125,22 @@ def life(tmp_path, monkeypatch):
     return make
 
 
-def test_a_save_that_does_not_fit_is_said_at_the_first_one(life, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("aullm_dist"), "propagate", True)
+def test_a_save_that_does_not_fit_is_said_at_the_first_one(life, monkeypatch):
+    said = {"warning": [], "info": []}
+    for level, messages in said.items():
+        monkeypatch.setattr(life_module.logger, level, lambda text, *values, to=messages: to.append(text % values))
     short = life(1.5)
     assert short.rehearses
     for _ in range(2):
         with short.saves():
             pass
     assert not short.rehearses
-    assert caplog.text.count("training.grace_seconds is 1.5; ask SLURM for more") == 1
-    caplog.clear()
-    with caplog.at_level(logging.INFO), life(300).saves():
+    (warning,) = said["warning"]
+    assert "training.grace_seconds is 1.5; ask SLURM for more" in warning
+    with life(300).saves():
         pass
-    assert "about 2 s of the 300 s of training.grace_seconds" in caplog.text
+    (line,) = said["info"]
+    assert "about 2 s of the 300 s of training.grace_seconds" in line
 
 
 def test_the_first_step_of_a_life_is_put_on_record(life, tmp_path):
