@@ -170,15 +170,15 @@ def _child(
     limit: int | None,
     obedient: bool,
 ) -> None:
-    os.setpgid(0, group)
-    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
-    os.environ.update(
-        {name: str(value) for name, value in where.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
     try:
+        os.setpgid(0, group)
+        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
+        os.environ.update(
+            {name: str(value) for name, value in where.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
         if kill is not None and rank == kill.victim:
             _Victim(kill, folder / "killed").arm()
         if limit is not None and rank == 0:
