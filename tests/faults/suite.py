@@ -202,7 +202,7 @@ class Suite:
 
 def planned(draw: random.Random, per_phase: int, every: int, repeats: int) -> Iterator[Kill]:
     """Yield the kills: random moments of load, step and evaluation, and the gaps between the operations of a save."""
-    longest = {"load": 1.5, "step": 0.3, "evaluation": 0.3}
+    longest = {"load": 0.7, "step": 0.3, "evaluation": 0.3}
     for phase, seconds in longest.items():
         for index in range(per_phase):
             yield random_kill(phase, index % 2 == 0, draw, seconds)
