@@ -21,13 +21,20 @@ _LOST_SECONDS = 10.0
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
 
 
-def report(error: UserError | CheckpointError, program: str) -> None:
+def report(error: UserError | CheckpointError, program: str, *, ended: bool = False) -> None:
     """Write the line that ends the run; the main process does, unless this process alone knows of the error.
 
     The others wait for the launcher to end them, or an early one would take the main process down before it has spoken.
+
+    Args:
+        error: what the user can mend.
+        program: name in front of the line.
+        ended: the launcher has told this process to end before it came to its error: another one has spoken.
     """
     who = ""
     if not log.is_main_process():
+        if ended:
+            return
         time.sleep(_GRACE_SECONDS + _MORE_SECONDS * int(os.environ.get("LOCAL_RANK", "0")))
         if error.told_to_all:
             return

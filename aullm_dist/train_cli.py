@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         return _train(config, _mode(args), signals)
     except (UserError, CheckpointError) as error:
         signals.close()  # the launcher ends with a signal whoever is left, and must be obeyed
-        report(error, "train.py")
+        report(error, "train.py", ended=signals.received == "SIGTERM")
         return error.EXIT_CODE
     except KeyboardInterrupt:
         if log.is_main_process():

@@ -1,0 +1,57 @@
+"""Who has the last word when a launcher has started several processes."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from aullm_dist import endings, train_cli
+from aullm_dist.errors import UserError
+
+MISTAKE = "model.llm: no such folder"
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """Return a function that makes this process one of two that fail, signalled before it or not."""
+
+    def fail(rank, signalled):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr(endings.time, "sleep", lambda _seconds: None)
+
+        def load(*_arguments):
+            if signalled is not None:
+                os.kill(os.getpid(), signalled)
+                deadline = time.monotonic() + 10
+                while heard[0].received is None and time.monotonic() < deadline:
+                    os.sched_yield()
+            raise UserError(MISTAKE)
+
+        heard = []
+        original = train_cli.StopSignals
+        monkeypatch.setattr(train_cli, "StopSignals", lambda: heard.append(original()) or heard[0])
+        monkeypatch.setattr(train_cli, "load", load)
+        return train_cli.main([])
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("rank", "signalled", "spoken"),
+    [
+        (0, None, f"train.py: error: {MISTAKE}\n"),
+        (1, None, f"train.py: error: process 1: {MISTAKE}\n"),
+        (0, signal.SIGTERM, f"train.py: error: {MISTAKE}\n"),
+        (1, signal.SIGTERM, ""),
+        (1, signal.SIGUSR1, f"train.py: error: process 1: {MISTAKE}\n"),
+    ],
+)
+def test_a_process_that_the_launcher_has_ended_leaves_the_last_word_to_the_first(
+    process, capsys, rank, signalled, spoken
+):
+    """It may be told to end while it still imports, and come to the mistake that the first has reported afterwards."""
+    assert process(rank, signalled) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines(keepends=True) if "error:" in line]
+    assert "".join(errors) == spoken
