@@ -31,6 +31,35 @@ class ModelOutput(NamedTuple):
     graph_logits: Tensor | None = None
 
 
+class Explanation(NamedTuple):
+    """What the model made of each clip on its way to the answer, for pictures and features; float32.
+
+    Without an LLM only `logits` and `high` are there, without a graph neither `instruction`, `gaze`, `strengths` nor
+    `influence`.
+
+    Attributes:
+        logits: `[V, A]`, the answer.
+        high: `[V, F]`, the visual backbone's summary vector.
+        content: `[V, D]`, content token.
+        instruction: `[V, D]`, instruction token.
+        hidden: `[V, D]`, the LLM's final hidden state that is read out (`per_au`: the mean of them).
+        evidence: `[V, H, N]`, where the evidence heads look; cells in the order of `visual.cell_grid`, time first.
+        gaze: `[V, A, N]`, where each AU's node looks.
+        strengths: `[V, E]`, interaction strengths of the graph's edges.
+        influence: `[V, E]`, what each edge weighs in the last layer, signed.
+    """
+
+    logits: Tensor
+    high: Tensor
+    content: Tensor | None = None
+    instruction: Tensor | None = None
+    hidden: Tensor | None = None
+    evidence: Tensor | None = None
+    gaze: Tensor | None = None
+    strengths: Tensor | None = None
+    influence: Tensor | None = None
+
+
 def mixed_precision(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     """Return the autocast region of a forward pass on `device`; None computes in the dtype of the parameters.
 
@@ -107,6 +136,27 @@ class AULLM(nn.Module):
         with mixed_precision(views.device, self.autocast):
             return self._answer(views, view_index, edge_mask, branches, ablate)
 
+    def explain(self, views: Tensor, edge_mask: Tensor | None = None) -> Explanation:
+        """Answer each clip and return what led there; in evaluation mode, without gradients.
+
+        Args:
+            views: `[V, T, H, W]` gray clips in 0..1.
+            edge_mask: `[V, E]` edges present in each clip's structure; None is the prior's for all.
+        """
+        index = torch.arange(len(views), device=views.device)
+        with mixed_precision(views.device, self.autocast), torch.no_grad():
+            cells, high = self.visual(views)
+            content, evidence = self.projector(cells, high, return_attention=True)
+            structure = None
+            if self.graph is not None:
+                structure = self.graph(cells, high, None, edge_mask, return_influence=True)
+            instruction = structure.token if structure else None
+            branches = index[:, None].expand(-1, 2)
+            logits, hidden = self.reasoner(content, instruction, branches, return_hidden=True)
+        graph = () if structure is None else (structure.gaze, structure.strengths, structure.influence)
+        parts = (logits, high, content, instruction, hidden, evidence, *graph)
+        return Explanation(*(part if part is None else part.float() for part in parts))
+
     def self_check(self) -> float:
         """Compare packed with padded branches on the real backbone, in the precision of the run."""
         with mixed_precision(self.reasoner.static_ids.device, self.autocast):
@@ -159,3 +209,9 @@ class LedCnnBaseline(nn.Module):
         """Answer every branch from its view alone; arguments as in `AULLM.forward`."""
         with mixed_precision(views.device, self.autocast):
             return ModelOutput(self.network(views)[branches[:, 0]].float())
+
+    def explain(self, views: Tensor, edge_mask: Tensor | None = None) -> Explanation:
+        """Answer each clip and return its summary vector; arguments as in `AULLM.explain`."""
+        with mixed_precision(views.device, self.autocast), torch.no_grad():
+            _, high = self.network.visual(views)
+            return Explanation(self.network.head(high).float(), high.float())

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from aullm_kernels import EdgeTable, graph_attention
+from aullm_kernels import EdgeTable, graph_attention, graph_weights
 from torch import Tensor, nn
 
 from aullm_dist.errors import UserError
@@ -35,12 +35,17 @@ class GraphOutput(NamedTuple):
     Attributes:
         token: Instruction token, `[G, D]`.
         logits: Auxiliary AU logits from the nodes, `[G, A]` float32.
-        strengths: Interaction strength of each edge, `[G, E]`.
+        strengths: Interaction strength of each edge before the softmax over a node's edges, `[G, E]`.
+        influence: What each edge weighs in the last layer: its share of what its node receives, times the gate of its
+            relation, mean over the heads, `[G, E]`; negative where a relation's gate is. Only on request.
+        gaze: Where each AU's node looks, `[V, A, N]`.
     """
 
     token: Tensor
     logits: Tensor
     strengths: Tensor
+    influence: Tensor | None
+    gaze: Tensor
 
 
 def first_gaze(aus: tuple[int, ...], cell_grid: tuple[int, int, int]) -> Tensor:
@@ -98,11 +103,21 @@ class RelationalLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, nodes: Tensor, edges: EdgeTable, strength: Tensor, mask: Tensor, branch_index: Tensor | None
-    ) -> Tensor:
-        """Return updated nodes `[G, A, width]` from nodes `[V, A, width]` (or `[G, ...]` without `branch_index`)."""
+        self,
+        nodes: Tensor,
+        edges: EdgeTable,
+        strength: Tensor,
+        mask: Tensor,
+        branch_index: Tensor | None,
+        *,
+        return_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return updated nodes `[G, A, width]` from nodes `[V, A, width]` (or `[G, ...]` without `branch_index`).
+
+        The second result is what each edge weighs, mean over the heads, `[G, E]`; None unless `return_weights`.
+        """
         normed = self.norm(nodes)
-        message = graph_attention(
+        inputs = (
             self.receive(normed).unflatten(2, (self.heads, -1)),
             self.send(normed).unflatten(2, (self.heads, -1)),
             self.relation_embedding,
@@ -111,12 +126,12 @@ class RelationalLayer(nn.Module):
             edges,
             strength,
             mask,
-            branch_index=branch_index,
-            implementation=self.implementation,
         )
+        message = graph_attention(*inputs, branch_index=branch_index, implementation=self.implementation)
+        weights = graph_weights(*inputs, branch_index=branch_index).mean(dim=1) if return_weights else None
         if branch_index is not None:
             nodes = nodes.index_select(0, branch_index)
-        return nodes + self.dropout(self.update(message.flatten(2)))
+        return nodes + self.dropout(self.update(message.flatten(2))), weights
 
 
 class AUGraph(nn.Module):
@@ -223,10 +238,9 @@ class AUGraph(nn.Module):
         scores = (cells @ self.gaze_query.to(cells.dtype).t()).transpose(1, 2) * cells.shape[2] ** -0.5
         return torch.softmax(scores + self.gaze, dim=-1)
 
-    def _nodes(self, cells: Tensor, high: Tensor) -> Tensor:
-        seen = self.cell_attention(cells).to(cells.dtype) @ cells
+    def _nodes(self, cells: Tensor, high: Tensor, gaze: Tensor) -> Tensor:
         summary = self.read_high(high).unflatten(1, self.au_embedding.shape)
-        return self.input_norm(self.au_embedding + self.read_cells(seen) + summary)
+        return self.input_norm(self.au_embedding + self.read_cells(gaze.to(cells.dtype) @ cells) + summary)
 
     def _strengths(self, nodes: Tensor, edges: EdgeTable) -> Tensor:
         target, source = self.strength_target(nodes), self.strength_source(nodes)
@@ -234,7 +248,13 @@ class AUGraph(nn.Module):
         return pairs.flatten(1).index_select(1, edges.target * edges.num_nodes + edges.source) + self.edge_strength
 
     def forward(
-        self, cells: Tensor, high: Tensor, view_index: Tensor | None = None, edge_mask: Tensor | None = None
+        self,
+        cells: Tensor,
+        high: Tensor,
+        view_index: Tensor | None = None,
+        edge_mask: Tensor | None = None,
+        *,
+        return_influence: bool = False,
     ) -> GraphOutput:
         """Run the graph for every branch.
 
@@ -243,24 +263,25 @@ class AUGraph(nn.Module):
             high: Summary vectors of the views, `[V, high_dim]`.
             view_index: View of each branch, `[G]` int64; None is one branch per view.
             edge_mask: Edges that each branch has, `[G, E]` bool; None is the prior for all.
-
-        Returns:
-            Token `[G, D]`, logits `[G, A]` and strengths `[G, E]`.
+            return_influence: also return what each edge weighs in the last layer, for pictures.
         """
-        edges = self.edges()
-        nodes = self._nodes(cells, high)
+        edges, gaze = self.edges(), self.cell_attention(cells)
+        nodes = self._nodes(cells, high, gaze)
         strengths = self._strengths(nodes, edges)
         if view_index is not None:
             strengths = strengths.index_select(0, view_index)
         if edge_mask is None:
             edge_mask = self.prior_mask.expand(strengths.shape[0], -1)
+        influence = None
         for depth, layer in enumerate(self.layers):
-            nodes = layer(nodes, edges, strengths, edge_mask, view_index if depth == 0 else None)
+            last = return_influence and depth == len(self.layers) - 1
+            index = view_index if depth == 0 else None
+            nodes, influence = layer(nodes, edges, strengths, edge_mask, index, return_weights=last)
         nodes = self.output_norm(nodes)
         # Logits of a few units lose too much in bfloat16.
         with torch.autocast(nodes.device.type, enabled=False):
             logits = (self.dropout(nodes).to(self.au_head.dtype) * self.au_head).sum(-1) + self.au_bias
-        return GraphOutput(self._token(self.dropout(nodes), logits), logits, strengths)
+        return GraphOutput(self._token(self.dropout(nodes), logits), logits, strengths, influence, gaze)
 
     def _token(self, nodes: Tensor, logits: Tensor) -> Tensor:
         """Sum a nonlinear view of each node, weighted per head and by how active the graph finds that AU.

@@ -120,21 +120,23 @@ class EvidenceProjector(nn.Module):
             return self.constant_query.expand(high.shape[0], -1, -1)
         return high.new_zeros(high.shape[0], 0, self.cell_dim)
 
-    def forward(self, cells: Tensor, high: Tensor) -> Tensor:
+    def forward(self, cells: Tensor, high: Tensor, *, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return the content token.
 
         Args:
             cells: Texture cells, `[V, N, C]`.
             high: Summary vector, `[V, high_dim]`.
+            return_attention: also return where the evidence heads look.
 
         Returns:
-            `[V, D]`, each row with the root mean square `embedding_rms`.
+            `[V, D]`, each row with the root mean square `embedding_rms`; with `return_attention` also `[V, H, N]`, with
+            H = 0 where there are no evidence heads.
         """
-        join = high
+        join, queries = high, self._queries(high)
         if self.evidence != "high_only":
             join = evidence_pool(
                 cells,
-                self._queries(high),
+                queries,
                 self.regions,
                 join=None if self.evidence == "mid_only" else high,
                 num_regions=NUM_REGIONS,
@@ -142,8 +144,5 @@ class EvidenceProjector(nn.Module):
             ).flatten(1)
         joined = self.dropout(self.norm(join))
         gate, up = self.gate_up(joined).chunk(2, dim=1)
-        return self.scale(self.down(F.silu(gate) * up))
-
-    def attention(self, cells: Tensor, high: Tensor) -> Tensor:
-        """Return where the evidence heads look, `[V, H, N]`, for pictures; H is 0 without evidence heads."""
-        return evidence_attention(cells, self._queries(high))
+        token = self.scale(self.down(F.silu(gate) * up))
+        return (token, evidence_attention(cells, queries)) if return_attention else token

@@ -120,6 +120,73 @@ def graph_attention(
     Raises:
         ValueError: An argument has a wrong shape, type, device or value, or the implementation cannot run.
     """
+    features, relations = _check_graph(xl, xr, relation_embedding, attention, gate, edges, strength, mask, branch_index)
+    chosen, _ = resolve(
+        "graph_attention",
+        implementation,
+        xl.device,
+        sizes={"features": features, "degree": edges.incoming.shape[1], "relations": relations},
+        dtypes=_dtypes(xl, xr, relation_embedding, attention, gate, strength),
+    )
+    return _IMPLEMENTATIONS["graph_attention"][chosen](
+        xl,
+        xr,
+        relation_embedding,
+        attention,
+        gate,
+        edges,
+        strength,
+        mask,
+        branch_index=branch_index,
+        negative_slope=negative_slope,
+    )
+
+
+def graph_weights(
+    xl: Tensor,
+    xr: Tensor,
+    relation_embedding: Tensor,
+    attention: Tensor,
+    gate: Tensor,
+    edges: EdgeTable,
+    strength: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    branch_index: Tensor | None = None,
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """Return the weights `gate_r alpha_e` `[G, H, E]` with which `graph_attention` sums messages, for pictures.
+
+    A masked edge weighs 0. They are always computed in plain PyTorch, in float32 or float64. Arguments and errors as in
+    `graph_attention`.
+    """
+    _check_graph(xl, xr, relation_embedding, attention, gate, edges, strength, mask, branch_index)
+    return reference.graph_weights(
+        xl,
+        xr,
+        relation_embedding,
+        attention,
+        gate,
+        edges,
+        strength,
+        mask,
+        branch_index=branch_index,
+        negative_slope=negative_slope,
+    )
+
+
+def _check_graph(
+    xl: Tensor,
+    xr: Tensor,
+    relation_embedding: Tensor,
+    attention: Tensor,
+    gate: Tensor,
+    edges: EdgeTable,
+    strength: Tensor | None,
+    mask: Tensor | None,
+    branch_index: Tensor | None,
+) -> tuple[int, int]:
+    """Refuse arguments of `graph_attention` that do not fit; return the features F and the relations R."""
     if not isinstance(edges, EdgeTable):
         raise ValueError(f"edges is {type(edges).__name__}, allowed is an EdgeTable")
     _check_tensor("xl", xl, ("V", edges.num_nodes, "H", "F"), None, edges.device)
@@ -142,25 +209,7 @@ def graph_attention(
         _check_tensor("strength", strength, (branches, edges.num_edges), None, xl.device)
     if mask is not None:
         _check_tensor("mask", mask, (branches, edges.num_edges), torch.bool, xl.device)
-    chosen, _ = resolve(
-        "graph_attention",
-        implementation,
-        xl.device,
-        sizes={"features": features, "degree": edges.incoming.shape[1], "relations": relations},
-        dtypes=_dtypes(xl, xr, relation_embedding, attention, gate, strength),
-    )
-    return _IMPLEMENTATIONS["graph_attention"][chosen](
-        xl,
-        xr,
-        relation_embedding,
-        attention,
-        gate,
-        edges,
-        strength,
-        mask,
-        branch_index=branch_index,
-        negative_slope=negative_slope,
-    )
+    return features, relations
 
 
 def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype, ...]:

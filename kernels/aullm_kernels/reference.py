@@ -89,25 +89,64 @@ def graph_attention(
     negative_slope: float = 0.2,
 ) -> Tensor:
     """Reference of `aullm_kernels.graph_attention`."""
-    output_dtype = xl.dtype
     with _full_precision(xl.device):
-        dtype = accumulation_dtype(xl, xr, relation_embedding, attention, gate, strength)
-        xl, xr, relation_embedding, attention, gate = (
-            t.to(dtype) for t in (xl, xr, relation_embedding, attention, gate)
+        weight_GAHK, neighbour_GAKHF = _graph_weights(
+            xl, xr, relation_embedding, attention, gate, edges, strength, mask, branch_index, negative_slope
         )
-        # Free slots read edge 0, and are masked below; without edges there are no slots at all.
-        slot_AK = edges.incoming.clamp(min=0)
-        relation_AK = edges.relation[slot_AK]
-        neighbour_VAKHF = xr.index_select(1, edges.source[slot_AK].flatten()).unflatten(1, slot_AK.shape)
-        z_VAKHF = xl[:, :, None] + neighbour_VAKHF + relation_embedding[relation_AK]
-        score_VAHK = (F.leaky_relu(z_VAKHF, negative_slope) * attention).sum(-1).transpose(2, 3)
-        keep = (edges.incoming >= 0)[None, :, None, :]
-        if branch_index is not None:
-            score_VAHK = score_VAHK.index_select(0, branch_index)
-            neighbour_VAKHF = neighbour_VAKHF.index_select(0, branch_index)
-        if strength is not None:
-            score_VAHK = score_VAHK + strength.to(dtype)[:, slot_AK][:, :, None, :]
-        if mask is not None:
-            keep = keep & mask[:, slot_AK][:, :, None, :]
-        weight = _masked_softmax(score_VAHK, keep) * gate[relation_AK].transpose(1, 2)
-        return torch.einsum("gahk,gakhf->gahf", weight, neighbour_VAKHF).to(output_dtype)
+        return torch.einsum("gahk,gakhf->gahf", weight_GAHK, neighbour_GAKHF).to(xl.dtype)
+
+
+def graph_weights(
+    xl: Tensor,
+    xr: Tensor,
+    relation_embedding: Tensor,
+    attention: Tensor,
+    gate: Tensor,
+    edges: EdgeTable,
+    strength: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    branch_index: Tensor | None = None,
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """Reference of `aullm_kernels.graph_weights`."""
+    with _full_precision(xl.device):
+        weight_GAHK, _ = _graph_weights(
+            xl, xr, relation_embedding, attention, gate, edges, strength, mask, branch_index, negative_slope
+        )
+        taken = edges.incoming >= 0
+        weight_GHE = weight_GAHK.new_zeros(*weight_GAHK.shape[::2], edges.num_edges)
+        weight_GHE[:, :, edges.incoming[taken]] = weight_GAHK.transpose(1, 2)[:, :, taken]
+        return weight_GHE
+
+
+def _graph_weights(
+    xl: Tensor,
+    xr: Tensor,
+    relation_embedding: Tensor,
+    attention: Tensor,
+    gate: Tensor,
+    edges: EdgeTable,
+    strength: Tensor | None,
+    mask: Tensor | None,
+    branch_index: Tensor | None,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the gated weights `[G, A, H, K]` of the incoming edges and what they weigh, `[G, A, K, H, F]`."""
+    dtype = accumulation_dtype(xl, xr, relation_embedding, attention, gate, strength)
+    xl, xr, relation_embedding, attention, gate = (t.to(dtype) for t in (xl, xr, relation_embedding, attention, gate))
+    # Free slots read edge 0, and are masked below; without edges there are no slots at all.
+    slot_AK = edges.incoming.clamp(min=0)
+    relation_AK = edges.relation[slot_AK]
+    neighbour_VAKHF = xr.index_select(1, edges.source[slot_AK].flatten()).unflatten(1, slot_AK.shape)
+    z_VAKHF = xl[:, :, None] + neighbour_VAKHF + relation_embedding[relation_AK]
+    score_VAHK = (F.leaky_relu(z_VAKHF, negative_slope) * attention).sum(-1).transpose(2, 3)
+    keep = (edges.incoming >= 0)[None, :, None, :]
+    if branch_index is not None:
+        score_VAHK = score_VAHK.index_select(0, branch_index)
+        neighbour_VAKHF = neighbour_VAKHF.index_select(0, branch_index)
+    if strength is not None:
+        score_VAHK = score_VAHK + strength.to(dtype)[:, slot_AK][:, :, None, :]
+    if mask is not None:
+        keep = keep & mask[:, slot_AK][:, :, None, :]
+    return _masked_softmax(score_VAHK, keep) * gate[relation_AK].transpose(1, 2), neighbour_VAKHF

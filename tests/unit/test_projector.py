@@ -41,7 +41,7 @@ def test_the_token_has_the_scale_of_the_embeddings(evidence):
     assert (cells.grad is None) == (evidence == "high_only")
     assert (high.grad is None) == (evidence == "mid_only")
     heads = 3 if evidence in ("full", "mid_only") else 0
-    attention = projector.attention(cells, high)
+    _, attention = projector(cells, high, return_attention=True)
     assert attention.shape == (2, heads, 162)
     torch.testing.assert_close(attention.sum(-1), torch.ones(2, heads))
 
@@ -56,7 +56,7 @@ def test_full_evidence_reads_where_a_cell_lies():
 def test_the_summary_decides_where_the_heads_look():
     projector = make_projector()
     cells, high = inputs()
-    looks = projector.attention(cells[:1].expand(2, -1, -1), high)
+    _, looks = projector(cells[:1].expand(2, -1, -1), high, return_attention=True)
     assert not torch.allclose(looks[0], looks[1], atol=1e-3)
     assert not torch.allclose(looks[0, 0], looks[0, 1], atol=1e-3)
 

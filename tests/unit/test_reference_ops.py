@@ -8,7 +8,7 @@ from pathlib import Path
 import aullm_kernels
 import pytest
 import torch
-from aullm_kernels import EdgeTable, dispatch, evidence_attention, evidence_pool, graph_attention
+from aullm_kernels import EdgeTable, dispatch, evidence_attention, evidence_pool, graph_attention, graph_weights
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +144,17 @@ def test_graph_attention_is_the_formula():
     mask = torch.tensor([[True] * 6, [False, True, True, False, True, True]])
     expected = slow_graph_attention(edges, **{k: v.detach() for k, v in inputs.items()}, mask=mask)
     torch.testing.assert_close(graph_attention(**inputs, edges=edges, mask=mask), expected)
+
+
+def test_the_weights_are_those_of_the_messages():
+    edges, inputs = make_graph()
+    mask = torch.tensor([[True] * 6, [False, True, True, False, True, True]])
+    weights = graph_weights(**inputs, edges=edges, mask=mask)
+    assert (weights.transpose(1, 2)[~mask] == 0).all()
+    heard = torch.zeros_like(inputs["xr"])
+    for edge, (target, source) in enumerate(zip(edges.target.tolist(), edges.source.tolist(), strict=True)):
+        heard[:, target] += weights[:, :, edge, None] * inputs["xr"][:, source]
+    torch.testing.assert_close(heard, graph_attention(**inputs, edges=edges, mask=mask))
 
 
 def test_graph_attention_gradients():
