@@ -13,10 +13,11 @@ RANKS = {
     "": 0, "errors": 0, "files": 0, "log": 0, "facs": 0, "configs": 0,
     "config": 1, "endings": 1, "signals": 1, "slurm": 1,
     "data": 2, "model": 2,
-    "planning": 3,
+    "planning": 3, "figures": 3,
     "training": 4,
     "evaluation": 5, "doctor": 5,
-    "config_cli": 6, "cli": 7, "train_cli": 7,
+    "config_cli": 6, "release": 6, "report": 6,
+    "cli": 7, "train_cli": 7,
     "train": 8,
 }  # fmt: skip
 
