@@ -25,10 +25,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/accelerate launch $(LAUNCH) aullm_dist/train.py
 
-# What starts processes of its own has the machine to itself.
+# The cluster of the SLURM tests has the machine to itself.
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 tests/unit tests/ops
-	$(BIN)/python -m pytest --ignore tests/unit --ignore tests/ops
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/run
+	$(BIN)/python -m pytest tests/slurm
 
 test-unit: setup
 	$(BIN)/python -m pytest --numprocesses 2 tests/unit
