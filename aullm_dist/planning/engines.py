@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aullm_dist.config import offloaded_to
+from aullm_dist.config.sharding import HPZ
 from aullm_dist.planning.gathering import Limits, limits_of
 from aullm_dist.planning.skeleton import Weight
 
@@ -74,7 +75,7 @@ class Engine:
             limits=limits_of(zero),
             bucket=int(zero.get("reduce_bucket_size", 5e8)),
             overlap=bool(zero.get("overlap_comm") if zero.get("overlap_comm") is not None else stage == 3),
-            second=int(zero.get("zero_hpz_partition_size", 1)),
+            second=int(zero.get(HPZ, 1)),
             offload_optimizer=offloaded_to(zero, "optimizer") != "none",
             offload_param=offloaded_to(zero, "param") != "none",
         )

@@ -150,30 +150,6 @@ class SavedState:
                 engine_state.set_optimizer_state(optimizer, item.tensor, entries)
 
 
-def load_checkpoint(
-    folder: Path | str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    *,
-    model_config: Mapping[str, Any] | None = None,
-    base: Mapping[str, Any] | None = None,
-    mode: VerifyMode = "hash",
-) -> dict[str, Any]:
-    """Restore a model, and the optimizer if given, bit for bit: `read_checkpoint`, then `SavedState.apply`.
-
-    Returns:
-        The trainer state as it was handed to `save_checkpoint`, with `step`.
-
-    Raises:
-        UserError: as `read_checkpoint` does; then nothing was changed.
-    """
-    saved = read_checkpoint(
-        folder, model, with_optimizer=optimizer is not None, model_config=model_config, base=base, mode=mode
-    )
-    saved.apply(optimizer)
-    return saved.trainer
-
-
 def read_checkpoint(
     folder: Path | str,
     model: nn.Module,

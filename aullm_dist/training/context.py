@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from aullm_dist.config import Strategy, TrainingConfig, load_strategy, offloaded_to, refuse_launcher
+from aullm_dist.config.sharding import HPZ
 from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.log import get_logger
 from aullm_dist.model.quiet import name_deepspeed_accelerator
@@ -162,7 +163,7 @@ def _describe_engine(strategy: Strategy, processes: int) -> str:
         offloaded = [name for key, name in names.items() if offloaded_to(zero, key) != "none"]
         if offloaded:
             what += f", {' and '.join(offloaded)} in CPU memory"
-        if zero.get("zero_hpz_partition_size", 1) != 1:
+        if zero.get(HPZ, 1) != 1:
             what += ", parameters a second time within each machine"
     where = f" from {strategy.file}" if strategy.file is not None else ""
     return f"{what} (training.strategy: {strategy.name}{where})"

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from aullm_dist.config.sharding import HPZ
 from aullm_dist.model.piecewise import Placement
 from aullm_dist.training.context import together
 from aullm_dist.training.engine import is_zero
@@ -70,7 +71,7 @@ class Divided(Whole):
         super().__init__(accelerator)
         # An empty module: it has nothing to divide, but DeepSpeed's memory-saving linear function comes with one.
         self._init = _own_pieces_class()(module=nn.Module(), config_dict_or_path=dict(deepspeed))
-        self._second_copy = deepspeed["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
+        self._second_copy = deepspeed["zero_optimization"].get(HPZ, 1) > 1
 
     def settle(self, parameter: nn.Parameter) -> None:
         """Divide the parameter; the space of the other pieces is given back."""

@@ -6,11 +6,21 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aullm_dist.training.base_identity import base_identity
-from aullm_dist.training.checkpoint import save_checkpoint
+from aullm_dist.training.checkpoint import read_checkpoint, save_checkpoint
 
 WIDTH = 16
 AUS = [1, 4, 12]
 CONFIG = {"model": {"llm": "tiny"}, "training": {"seed": 0}}
+
+FILES = {
+    "MANIFEST.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "aullm_config.json",
+    "aullm_modules.safetensors",
+    "optimizer.safetensors",
+    "trainer_state.json",
+}
 MODEL_CONFIG = {"aus": AUS, "readout": "last"}
 LLM_CONFIG = LlamaConfig(
     vocab_size=32,
@@ -113,3 +123,26 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, by
         for key, value in optimizer.state.get(param, {}).items():
             tensors[f"{name}.{key}"] = value
     return {name: t.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
+
+
+def load_checkpoint(folder, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **expected):
+    """Restore a model, and the optimizer if given, as a resume does; returns the trainer's state."""
+    saved = read_checkpoint(folder, model, with_optimizer=optimizer is not None, **expected)
+    saved.apply(optimizer)
+    return saved.trainer
+
+
+def write_two(root):
+    """Write the checkpoints of steps 1 and 2 of one run."""
+    model, optimizer = build()
+    for step in (1, 2):
+        train(model, optimizer, step - 1, step)
+        save(root, step, model, optimizer)
+    return root
+
+
+def flip(path) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    path.write_bytes(content)
