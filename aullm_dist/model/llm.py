@@ -118,13 +118,7 @@ def load_backbone(
         UserError: no model there, incomplete weights, an unsupported attention, architecture or quantisation, LoRA
             targets that match nothing or are never called.
     """
-    if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
-        raise UserError(
-            f"backbone: activation_checkpointing is {activation_checkpointing!r}; "
-            f"allowed: {', '.join(ACTIVATION_CHECKPOINTING)}"
-        )
-    if compilation not in COMPILATIONS:
-        raise UserError(f"backbone: compilation is {compilation!r}; allowed: {', '.join(COMPILATIONS)}")
+    _check_choices(activation_checkpointing, compilation)
     started = time.monotonic()
     describe = functools.partial(_describe, name_or_path, attention, packing, quantization, trust_remote_code)
     files = describe() if placement is None else placement.together(describe)
@@ -138,11 +132,8 @@ def load_backbone(
         )
     model.requires_grad_(False)
     model.config.use_cache = False
-    size = _millions(model.parameters())
     reasons = {
-        "backbone": f"{files.config.model_type} from {files.source}, {size} M parameters, frozen, "
-        f"{str(dtype).removeprefix('torch.')}, loaded in {time.monotonic() - started:.1f} s"
-        + (f" in pieces by {placement.world_size} processes" if placement is not None else ""),
+        "backbone": _what_was_loaded(files, model, dtype, time.monotonic() - started, placement),
         "attention": files.attention_reason,
         "lora": "none (lora_rank is 0)",
     }
@@ -170,6 +161,25 @@ def load_backbone(
         quantized_modules=quantized,
         reasons=reasons,
     )
+
+
+def _check_choices(activation_checkpointing: str, compilation: str) -> None:
+    if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
+        raise UserError(
+            f"backbone: activation_checkpointing is {activation_checkpointing!r}; "
+            f"allowed: {', '.join(ACTIVATION_CHECKPOINTING)}"
+        )
+    if compilation not in COMPILATIONS:
+        raise UserError(f"backbone: compilation is {compilation!r}; allowed: {', '.join(COMPILATIONS)}")
+
+
+def _what_was_loaded(
+    files: "_ModelFiles", model: nn.Module, dtype: torch.dtype, seconds: float, placement: Placement | None
+) -> str:
+    how = f" in pieces by {placement.world_size} processes" if placement is not None else ""
+    size, precision = _millions(model.parameters()), str(dtype).removeprefix("torch.")
+    source = f"{files.config.model_type} from {files.source}, {size} M parameters, frozen, {precision}"
+    return f"{source}, loaded in {seconds:.1f} s{how}"
 
 
 @dataclass(frozen=True, slots=True)
