@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training_runs import overrides, train_here
 
 from aullm_dist.config import load
 from aullm_dist.errors import UserError
@@ -83,14 +82,3 @@ def test_a_limit_of_a_control_group_counts(tmp_path, monkeypatch):
     assert fitting.free_machine_memory() == 30000
     monkeypatch.setattr(fitting, "_MEMINFO", tmp_path / "nowhere")
     assert fitting.free_machine_memory() is None
-
-
-def test_the_trainer_refuses_before_it_has_a_run_folder(llm, tiny_dataset, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fitting, "free_machine_memory", lambda: 4 * MIB)
-    output = tmp_path / "run"
-    settings = overrides(tiny_dataset, llm, output, training__check_memory=True, model__structure=False)
-    assert train_here(*settings) == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert "does not fit" in error[-1]
-    assert sum("does not fit" in line for line in error) == 1
-    assert not output.exists()

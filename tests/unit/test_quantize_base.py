@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_piecewise import assert_same
 from tiny_architectures import write_backbone
-from training_runs import overrides, train_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aullm_dist.cli import main
@@ -80,14 +79,6 @@ def test_a_checkpoint_that_was_split_and_stored_in_float32(base, tmp_path):
     assert one.keys() == other.keys()
     # As bytes: packed weights that are read as bfloat16 may be no numbers.
     assert all(torch.equal(*(t[key].flatten().view(torch.uint8) for t in (one, other))) for key in one)
-
-
-def test_a_run_trains_on_it(base, tiny_dataset, tmp_path):
-    assert quantize(base("llama"), tmp_path / "out") == 0
-    settings = overrides(
-        tiny_dataset, tmp_path / "out", tmp_path / "run", model__quantization="nf4", training__max_steps=1
-    )
-    assert train_here(*settings) == 0
 
 
 def test_what_cannot_be_quantised(base, tmp_path, capsys):

@@ -11,6 +11,7 @@ from training_runs import free_port
 
 from aullm_dist import cli
 
+pytestmark = pytest.mark.launch
 TIMEOUT = 3.0
 
 
