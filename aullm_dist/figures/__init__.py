@@ -1,0 +1,1 @@
+"""Figures: numpy arrays drawn with matplotlib, for TensorBoard, reports and predictions."""

@@ -1,0 +1,116 @@
+"""The AU graph as a heat map: what each edge carries, and of which type it is."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+
+from aullm_dist.figures.style import BLACK, BLUE, DIVERGING, EMPTY, FONT_POINTS, GREEN, VERMILLION, label_aus
+
+Edge = Sequence[int | str | bool]
+"""(target AU, source AU, relation type, whether the prior has it), as `AURelations.describe` and checkpoints say."""
+
+RELATION_MARKERS = {
+    "co-occur": ("^", BLUE), "antagonist": ("v", VERMILLION), "subset": ("s", GREEN), "region": ("D", BLACK),
+    "self": (".", BLACK),
+}  # fmt: skip
+"""Shape and colour of each relation type: told apart without colours as well."""
+
+
+def draw_graph(
+    ax: Axes,
+    aus: Sequence[int],
+    edges: Sequence[Edge],
+    values: np.ndarray,
+    *,
+    title: str | None = None,
+    limit: float | None = None,
+    mask: np.ndarray | None = None,
+    legend: bool = True,
+    numbers: bool = False,
+) -> AxesImage:
+    """Draw AU x AU interaction strengths: a row receives from its columns.
+
+    A marker in the corner of a cell says of which type its edge is; cells without an edge are gray. Candidate edges,
+    which the prior does not have, are shown only where `mask` has them.
+
+    Args:
+        ax: axes to draw on.
+        aus: AU numbers of rows and columns.
+        edges: the edges, in the order of `values`.
+        values: `[E]` finite strengths (or influences, or their differences), of either sign.
+        title: text above the map.
+        limit: absolute value with the strongest colour; None takes the largest that is shown. Give one for maps that
+            are to be compared.
+        mask: `[E]` edges that are present; None is the prior's. An edge of the prior that is absent is crossed out, a
+            candidate that is present has its marker unfilled.
+        legend: whether the types are named below the map.
+        numbers: whether values are written into their cells.
+
+    Returns:
+        The heat map, for a colour bar.
+
+    Raises:
+        ValueError: `values` or `mask` have another length than `edges`, or a value is not finite.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    prior = np.array([bool(edge[3]) for edge in edges], dtype=bool)
+    present = prior if mask is None else np.asarray(mask, dtype=bool)
+    if values.shape != (len(edges),) or present.shape != (len(edges),):
+        raise ValueError(f"{len(edges)} edges, but values {values.shape} and mask {present.shape}")
+    if not np.isfinite(values).all():
+        raise ValueError("values must be finite")
+    place = {au: index for index, au in enumerate(aus)}
+    table = np.full((len(aus), len(aus)), np.nan)
+    for (target, source, *_), value, here in zip(edges, values, present, strict=True):
+        if here:
+            table[place[target], place[source]] = value
+    shown = np.abs(values[present])
+    limit = limit or float(shown.max(initial=0.0)) or 1.0
+    image = ax.imshow(np.ma.masked_invalid(table), cmap=DIVERGING, vmin=-limit, vmax=limit)
+    ax.set_facecolor(EMPTY)
+    for edge, value, here, known in zip(edges, values, present, prior, strict=True):
+        if here or known:
+            x, y = place[edge[1]], place[edge[0]]
+            _mark(ax, x, y, str(edge[2]), present=here, known=known)
+            if numbers and here:
+                colour = "white" if abs(value) > 0.6 * limit else "black"
+                ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=FONT_POINTS - 3, color=colour)
+    label_aus(ax, aus, rows=True, columns=True)
+    ax.set_ylabel("AU that receives", fontsize=FONT_POINTS)
+    ax.set_xlabel("AU that sends", fontsize=FONT_POINTS)
+    if title is not None:
+        ax.set_title(title, fontsize=FONT_POINTS + 1)
+    if legend:
+        _legend(ax, {str(edge[2]) for edge in edges})
+    return image
+
+
+def _mark(ax: Axes, x: float, y: float, relation: str, *, present: bool, known: bool) -> None:
+    marker, colour = RELATION_MARKERS[relation]
+    face = colour if known else "white"
+    ax.plot(
+        x - 0.32,
+        y - 0.32,
+        marker=marker,
+        markersize=3.5,
+        markerfacecolor=face,
+        markeredgecolor=colour,
+        markeredgewidth=0.6,
+    )
+    if not present:
+        ax.plot([x - 0.45, x + 0.45], [y - 0.45, y + 0.45], color=BLACK, linewidth=0.8)
+
+
+def _legend(ax: Axes, relations: set[str]) -> None:
+    handles = [
+        Line2D([], [], marker=marker, color=colour, linestyle="none", markersize=4, label=name)
+        for name, (marker, colour) in RELATION_MARKERS.items()
+        if name in relations
+    ]
+    ax.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(handles), fontsize=FONT_POINTS - 2,
+        frameon=False, handletextpad=0.1, columnspacing=0.8,
+    )  # fmt: skip

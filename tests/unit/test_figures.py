@@ -1,0 +1,95 @@
+"""Evidence maps and graph heat maps: the right cell in the right place, and no global state of matplotlib."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from aullm_dist.figures.evidence import draw_evidence
+from aullm_dist.figures.graph import draw_graph
+from aullm_dist.figures.style import new_figure, to_pixels
+from aullm_dist.model.relations import build_relations, sample_structure_edit
+
+GRID = (2, 9, 9)
+
+
+@pytest.fixture
+def ax():
+    _, axes = new_figure(3, 3)
+    return axes[0, 0]
+
+
+def test_the_strongest_cell_is_where_the_model_looked(ax):
+    weights = np.zeros(GRID)
+    weights[:, 2, 7] = 0.5
+    overlay = draw_evidence(ax, np.full((64, 64), 0.5), weights.reshape(-1), GRID, strength=1.0)
+    picture = to_pixels(ax.figure).astype(int)
+    coloured = np.ptp(picture, axis=-1) > 60
+    x, y = np.mean(np.argwhere(coloured)[:, ::-1], axis=0)
+    # Cells begin 5 pixels from the edge and are 6 pixels wide.
+    data = ax.transData.inverted().transform((x, picture.shape[0] - y))
+    assert np.allclose(data, (5 + 7.5 * 6, 5 + 2.5 * 6), atol=1.0)
+    assert overlay.get_array().sum() == pytest.approx(1.0)
+
+
+def test_evidence_scales_with_the_frame(ax):
+    overlay = draw_evidence(ax, np.zeros((128, 128), np.uint8), np.ones(GRID), GRID, clip_size=64)
+    assert overlay.get_extent() == [10, 118, 118, 10]
+
+
+@pytest.mark.parametrize("weights", [np.ones(161), np.ones((9, 9, 2)), -np.ones(162), np.full(162, np.nan)])
+def test_evidence_that_is_none_is_refused(ax, weights):
+    with pytest.raises(ValueError, match="weights"):
+        draw_evidence(ax, np.zeros((64, 64)), weights, GRID)
+
+
+def test_an_edge_is_in_the_row_that_receives(ax):
+    relations = build_relations((1, 2, 4, 12))
+    edges = relations.describe()
+    values = np.zeros(len(edges))
+    edge = next(i for i, (target, source, *_) in enumerate(edges) if (target, source) == (4, 1))
+    values[edge] = -2.0
+    table = draw_graph(ax, relations.aus, edges, values).get_array()
+    assert table[2, 0] == -2.0
+    assert table[0, 2] == 0.0
+    assert table.mask[3, 1], "AU12 and AU2 have no relation"
+
+
+def test_an_edit_shows_what_was_cut_and_what_came(ax):
+    relations = build_relations((1, 2, 4, 7, 12, 14, 15, 17))
+    mask = sample_structure_edit(relations, 0.5, np.random.default_rng(0))
+    cut, come = relations.prior_mask & ~mask, ~relations.prior_mask & mask
+    assert cut.any()
+    assert come.any()
+    table = draw_graph(ax, relations.aus, relations.describe(), np.ones(relations.num_edges), mask=mask).get_array()
+    assert table.mask[relations.target[cut], relations.source[cut]].all()
+    assert not table.mask[relations.target[come], relations.source[come]].any()
+    lines = [line for line in ax.lines if len(line.get_xdata()) == 2]
+    assert len(lines) == cut.sum()
+
+
+def test_types_differ_in_shape_and_colour(ax):
+    relations = build_relations((1, 2, 4, 7, 12, 14, 15, 17))
+    draw_graph(ax, relations.aus, relations.describe(), np.ones(relations.num_edges))
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == ["co-occur", "antagonist", "subset", "region", "self"]
+    shapes = {line.get_marker() for line in ax.lines}
+    assert len(shapes) == 5
+
+
+def test_a_graph_with_values_that_do_not_fit_is_refused(ax):
+    relations = build_relations((1, 2))
+    edges = relations.describe()
+    with pytest.raises(ValueError, match="edges"):
+        draw_graph(ax, relations.aus, edges, np.zeros(len(edges) + 1))
+    with pytest.raises(ValueError, match="finite"):
+        draw_graph(ax, relations.aus, edges, np.full(len(edges), np.inf))
+
+
+def test_pyplot_stays_out():
+    code = (
+        "import sys; import aullm_dist.figures.evidence, aullm_dist.figures.graph; "
+        "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
