@@ -21,7 +21,8 @@ _NOT_NEGATIVE = (
     "model.suffixes_per_row data.workers counterfactual.branches "
     "counterfactual.structure_weight counterfactual.appearance_weight counterfactual.neutral_weight "
     "counterfactual.contradiction_weight training.weight_decay "
-    "training.graph_weight training.max_failures"
+    "training.graph_weight training.max_failures "
+    "monitor.communication_every_steps monitor.clips monitor.projector_clips"
 ).split()
 _SEEDS = ["training.seed", "data.synthetic_seed"]
 _GAMMAS = ["training.asl_gamma_negative", "training.asl_gamma_positive"]

@@ -207,6 +207,14 @@ class MonitorConfig:
 
     tensorboard: bool = True
     log_every_steps: int = 5
+    communication_every_steps: int = 50
+    """Every so many steps the wait for other processes is measured as well; 0 never does."""
+    images: bool = True
+    """Whether event files show faces: evidence over frames, thumbnails of the projector. Some licences forbid it."""
+    clips: int = 4
+    """Held-out clips, always the same, whose evidence and AU graph are drawn at each evaluation; 0 draws none."""
+    projector_clips: int = 200
+    """Held-out clips at most in the embedding projector, which the newest evaluation renews; 0 leaves it out."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -44,6 +44,11 @@ def optimizer_state(optimizer: torch.optim.Optimizer, param: nn.Parameter) -> di
     return dict(optimizer.state.get(param, {}))
 
 
+def updating_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the torch optimizer that computes the update, which ZeRO wraps and lets work on flat pieces."""
+    return zero_state.base_optimizer(optimizer) if zero_state.is_zero_optimizer(optimizer) else optimizer
+
+
 def grouped_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """Return the parameters that the optimizer updates, one entry for each param group that holds them."""
     if zero_state.is_zero_optimizer(optimizer):

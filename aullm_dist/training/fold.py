@@ -1,46 +1,44 @@
 """Training of one fold: the explicit loop, its evaluations, its checkpoints and its resume."""
 
 import json
-import sys
-from collections.abc import Mapping
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from aullm_dist.config import Config, to_dict
 from aullm_dist.data.clips import ClipStore
 from aullm_dist.data.protocols import Fold
-from aullm_dist.files import write_text
-from aullm_dist.log import all_loggers, get_logger
-from aullm_dist.model.aullm import Ablation
+from aullm_dist.log import get_logger
 from aullm_dist.signals import stand_apart
+from aullm_dist.training import engine_state
 from aullm_dist.training.batches import collate, training_loader
-from aullm_dist.training.build import BuiltModel, evaluation_recipe, training_recipe
+from aullm_dist.training.build import BuiltModel, training_recipe
 from aullm_dist.training.checkpoint import read_checkpoint, save_checkpoint
 from aullm_dist.training.context import on_main, together
+from aullm_dist.training.engine import is_zero
+from aullm_dist.training.fold_evaluation import FoldEvaluation
 from aullm_dist.training.guard import GradientGuard
-from aullm_dist.training.heldout import Answers, HeldOut, Score
+from aullm_dist.training.heldout import Score
 from aullm_dist.training.life import Life
-from aullm_dist.training.monitor import Monitor, Throughput, memory_gib
+from aullm_dist.training.monitor import Monitor
+from aullm_dist.training.monitor_clock import StepClock
+from aullm_dist.training.monitor_loop import LoopMonitor
 from aullm_dist.training.objective import Objective
 from aullm_dist.training.order import BatchPlan, SampleStream, generator, total_steps
-from aullm_dist.training.predictions import Prediction, prediction_path, write_predictions, zeroed_path
+from aullm_dist.training.predictions import prediction_path
 from aullm_dist.training.preemption import Preempted
 from aullm_dist.training.retention import find_newest_valid, rotate
-from aullm_dist.training.step import LossLog, TrainStep
+from aullm_dist.training.step import TrainStep
 from aullm_dist.training.streaming import StreamedBatches
+from aullm_dist.training.workspace import environment
 
 logger = get_logger(__name__)
-
-SENSITIVITY_WARNING = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +78,7 @@ class FoldTrainer:
         aus: AU numbers.
         score: turns labels and logits into metrics (evaluation's business, handed down).
         life: agrees with the other processes when this one is asked to stop.
+        place: which of how many folds this is in the run, from 1.
     """
 
     def __init__(
@@ -94,15 +93,14 @@ class FoldTrainer:
         aus: tuple[int, ...],
         score: Score,
         life: Life,
+        place: tuple[int, int] = (1, 1),
     ) -> None:
         self.accelerator, self.config, self.built, self.life = accelerator, config, built, life
-        self.model, self.optimizer = model, optimizer
-        self.aus, self.score = aus, score
-        self.fold = fold
+        self.model, self.optimizer, self.aus, self.fold = model, optimizer, aus, fold
+        self.name = f"Fold {fold.index}" + (f" ({place[0]} of {place[1]})" if place[1] > 1 else "")
         self.paths = FoldPaths(Path(config.training.output), fold.index)
         # The loop below only ever sees these views: the training view cannot reach an inner or a test clip.
         self.train_view = store.view(fold.train)
-        self.inner_view, self.test_view = store.view(fold.inner), store.view(fold.test)
         self.parquet = store.parquet_of(fold.train) if config.data.streaming else []
         training = config.training
         self.stream = SampleStream(len(self.train_view), training.seed)
@@ -111,20 +109,23 @@ class FoldTrainer:
         )
         self.total_steps = total_steps(len(self.train_view), training.epochs, training.global_batch, training.max_steps)
         self.guard = GradientGuard(optimizer, training.max_bad_steps, fold.index)
-        self.step = TrainStep(
-            accelerator,
-            model,
-            [p for p in built.model.parameters() if p.requires_grad],
-            Objective.from_config(config),
-            training,
-            self.guard,
-            accumulation=self.plan.accumulation,
-            tokens=built.tokens,
+        trainables = [p for p in built.model.parameters() if p.requires_grad]
+        several = accelerator.num_processes > 1
+        self.clock = StepClock(
+            accelerator.device,
+            # Under ZeRO the update itself follows the last gradient, inside of `backward`.
+            () if is_zero(accelerator) else trainables,
+            config.monitor.communication_every_steps if several else 0,
         )
-        self.held_out = HeldOut(accelerator, evaluation_recipe(config, built), aus, training.micro_batch)
-        # Which held-out clips are shown while training; only `protocol: all` has no test side.
-        self.shown = "test" if len(self.test_view) else "inner"
-        self.soft_tokens = built.soft_tokens
+        objective = Objective.from_config(config)
+        self.step = TrainStep(
+            accelerator, model, trainables, objective, training, self.guard, accumulation=self.plan.accumulation,
+            tokens=built.tokens, clock=self.clock,
+        )  # fmt: skip
+        held_out = {"inner": store.view(fold.inner), "test": store.view(fold.test)}
+        self.evaluation = FoldEvaluation(
+            accelerator, config, built, fold.index, held_out, aus, score, life.agreement.tick
+        )
         # Optimizer steps that are done, and those that are in the newest checkpoint.
         self.done = self.saved = 0
 
@@ -143,8 +144,8 @@ class FoldTrainer:
         active = self.config.monitor.tensorboard and self.accelerator.is_main_process
         monitor = Monitor(self.paths.tensorboard, active, first_step + 1 if resume else None)
         try:
-            if first_step == 0:
-                monitor.text("config", f"```\n{json.dumps(to_dict(self.config), indent=2)}\n```")
+            if active:
+                self._describe(monitor, first_step)
             # A run that was stopped in an evaluation has its checkpoint, but not its answers.
             if first_step and self._evaluates_at(first_step) and not self._has_answers(first_step):
                 self._evaluate(monitor, first_step)
@@ -159,46 +160,56 @@ class FoldTrainer:
         finally:
             monitor.close()
 
+    def _describe(self, monitor: Monitor, first_step: int) -> None:
+        """Write what the run is, once in each of its lives."""
+        facts = {**environment(), "fold": self.fold.index, "fold_name": self.fold.name, "first_step": first_step}
+        facts |= {side: len(getattr(self.fold, side)) for side in ("train", "inner", "test")}
+        for name, content in (("config", to_dict(self.config)), ("run", facts)):
+            monitor.text(name, f"```\n{json.dumps(content, indent=2)}\n```", first_step)
+        monitor.layout()
+
     def _train(self, monitor: Monitor, first_step: int) -> None:
         loader = self._loader(first_step)
-        bar = tqdm(
-            total=self.total_steps,
-            initial=first_step,
-            desc=f"Fold {self.fold.index}",
-            unit="step",
-            disable=not self.accelerator.is_main_process,
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,
-            dynamic_ncols=True,
-        )
         self.model.train()
         batches = iter(loader)
-        log, rate = LossLog(self.accelerator), Throughput()
-        with bar, logging_redirect_tqdm(all_loggers()):
-            for step in range(first_step, self.total_steps):
-                self.step.run(batches, step, self.total_steps, log, rate, self.life.agreement.tick)
-                done = self.done = step + 1
-                self.life.completed_step()
-                if done % self.config.monitor.log_every_steps == 0 or done == self.total_steps:
-                    self.guard.settle()
-                    losses = log.read()
-                    bar.set_postfix_str(_short(losses), refresh=False)
-                    monitor.scalars("loss", losses, done)
-                    rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-                    monitor.scalars("lr", rates, done)
-                    monitor.scalars(
-                        "train", {"grad_norm": self.guard.last_norm, "epoch": self._epoch(done), **rate.read()}, done
-                    )
-                    monitor.scalars("memory", memory_gib(), done)
-                bar.update()
-                if self._evaluates_at(done) or self._saves_at(done) or self.life.rehearses:
-                    self.guard.settle()
-                if self._evaluates_at(done):
-                    self._evaluate(monitor, done)
-                    rate.restart()
-                # A job learns with its first step whether a save works and fits into its grace period.
-                if self._saves_at(done) or self.life.rehearses:
-                    self._save(done)
-                    rate.restart()
+        told = engine_state.updating_optimizer(self.optimizer) if is_zero(self.accelerator) else None
+        unwatch = self.clock.watch(told) if told is not None else lambda: None
+        watch = LoopMonitor(
+            self.accelerator, self.config, self.built, self.step, monitor, name=self.name, fold=self.fold.index,
+            span=(first_step, self.total_steps),
+        )  # fmt: skip
+        watch.health.labels(self.aus, self._training_labels())
+        try:
+            with watch:
+                for step in range(first_step, self.total_steps):
+                    self.step.run(
+                        batches, step, self.total_steps, watch.losses, watch.rate, self.life.agreement.tick
+                    )  # fmt: skip
+                    self.done = step + 1
+                    self.life.completed_step()
+                    self._after_step(watch, monitor, step + 1)
+        finally:
+            unwatch()
+        logger.info(watch.summary(self.total_steps))
+
+    def _after_step(self, watch: LoopMonitor, monitor: Monitor, done: int) -> None:
+        """Log, evaluate and save where it is time to."""
+        if done % self.config.monitor.log_every_steps == 0 or done == self.total_steps:
+            self.guard.settle()
+            watch.logged(done, self._epoch(done))
+        watch.console.step(done)
+        # A job learns with its first step whether a save works and fits into its grace period.
+        evaluates, saves = self._evaluates_at(done), self._saves_at(done) or self.life.rehearses
+        if not evaluates and not saves:
+            return
+        self.guard.settle()
+        begun = time.monotonic()
+        if evaluates:
+            watch.look_at_parts()
+            self._evaluate(monitor, done)
+        if saves:
+            self._save(done)
+        watch.away(time.monotonic() - begun)
 
     def _loader(self, first_step: int) -> DataLoader:
         data, labels = self.config.data, self._training_labels()
@@ -238,55 +249,8 @@ class FoldTrainer:
         return step == self.total_steps or (step % every == 0 if every else self._evaluates_at(step))
 
     def _evaluate(self, monitor: Monitor, step: int) -> None:
-        """Answer inner and test clips, store the logits by sample id, log metrics and sensitivities."""
-        views = {"inner": self.inner_view, "test": self.test_view}
-        answers = {
-            role: self.held_out.answer(
-                self.model,
-                view,
-                self.soft_tokens if role == self.shown else (),
-                self.life.agreement.tick,
-                name=f"Evaluating on {role} clips",
-            )  # fmt: skip
-            for role, view in views.items()
-            if len(view)
-        }
-        if not answers:
-            return
-        epoch = int(self._epoch(step))
-        rows = [row for role, given in answers.items() for row in _predictions(given[None], self.fold.index, role)]
-        path = prediction_path(self.paths.run, self.fold.index, epoch)
-        on_main(self.accelerator, lambda: write_predictions(path, rows, aus=self.aus, epoch=epoch, step=step))
-        shown = answers[self.shown]
-        summary = self.score((shown[None].labels, shown[None].logits), self.aus)
-        monitor.metrics(summary, step)
-        message = f"Epoch {epoch}: held-out f1_macro {100 * summary['mean']['f1_macro']:.1f}"
-        if self.soft_tokens:
-            sensitivity = self.held_out.sensitivity(shown, self.score)
-            on_main(self.accelerator, lambda: self._report_sensitivity(sensitivity, monitor, step))
-            on_main(self.accelerator, lambda: self._write_zeroed(shown, epoch, step))
-            short = {"content": "CT", "instruction": "IT"}
-            changes = [f"to {short[token]} {sensitivity[token]['mean_abs_change']:.3f}" for token in self.soft_tokens]
-            message += f", sensitivity {', '.join(changes)}"
-        logger.info(message)
-
-    def _write_zeroed(self, shown: Mapping[Ablation | None, Answers], epoch: int, step: int) -> None:
-        """Keep the answers without each soft token, so that they can be pooled over folds as all others are."""
-        for token in self.soft_tokens:
-            rows = _predictions(shown[token], self.fold.index, self.shown)
-            path = zeroed_path(self.paths.run, self.fold.index, token)
-            write_predictions(path, rows, aus=self.aus, epoch=epoch, step=step)
-
-    def _report_sensitivity(self, sensitivity: dict[str, Any], monitor: Monitor, step: int) -> None:
-        write_text(self.paths.folder / "sensitivity.json", json.dumps({"step": step, **sensitivity}, indent=2) + "\n")
-        changes = {token: sensitivity[token]["mean_abs_change"] for token in self.soft_tokens}
-        monitor.scalars("sensitivity", changes, step)
-        for token, change in changes.items():
-            if step == self.total_steps and change < SENSITIVITY_WARNING:
-                logger.warning(
-                    "Fold %d: zeroing the %s token changes the answers by %.4f on average: the LLM hardly uses it",
-                    self.fold.index, token, change,
-                )  # fmt: skip
+        last = step == self.total_steps
+        self.evaluation.evaluate(self.model, monitor, step, int(self._epoch(step)), last=last)
 
     def _has_answers(self, step: int) -> bool:
         path = prediction_path(self.paths.run, self.fold.index, int(self._epoch(step)))
@@ -351,16 +315,3 @@ class FoldTrainer:
         self.guard.bad_steps = saved.trainer["bad_steps"]
         logger.info("Fold %d: resumed from %s", self.fold.index, newest)
         return min(int(saved.trainer["step"]), self.total_steps)
-
-
-def _predictions(answers: Answers, fold: int, role: str) -> list[Prediction]:
-    return [
-        Prediction(sample_id, subject, corpus, fold, role, tuple(map(int, labels)), tuple(map(float, logits)))
-        for sample_id, subject, corpus, labels, logits in zip(
-            answers.sample_ids, answers.subjects, answers.corpora, answers.labels, answers.logits, strict=True
-        )
-    ]
-
-
-def _short(losses: Mapping[str, float]) -> str:
-    return " ".join(f"{name} {value:.2g}" for name, value in sorted(losses.items(), key=lambda item: item[0] != "loss"))

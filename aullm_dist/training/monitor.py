@@ -1,17 +1,47 @@
-"""TensorBoard scalars of one fold, logged by the main process; a resumed run purges what lies beyond its step."""
+"""What a run writes for TensorBoard: scalars in named groups, texts, pictures, curves, histograms and hyperparameters.
+
+Only the main process writes. What it writes is measured by every process in the same way, so that none of them is
+slower than the others.
+"""
 
 import resource
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
+from aullm_dist.training.monitor_events import EventFile
+
+_THRESHOLDS = 64
+"""Points of a precision-recall curve."""
+LAYOUT: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "Is the run healthy?": {
+        "loss and its largest part": ["loss/loss", "loss/asl"],
+        "held-out scores": ["heldout/f1_macro", "heldout/f1_binary", "heldout/auc"],
+        "gradient norm, before clipping": ["train/grad_norm"],
+        "milliseconds of a step": [
+            "step_ms/data", "step_ms/forward", "step_ms/backward", "step_ms/optimizer", "step_ms/communication_wait",
+        ],
+        "clips per second": ["train/clips_per_second"],
+        "memory, GiB": ["memory/gpu_gib", "memory/gpu_peak_gib", "memory/host_gib", "memory/host_peak_gib"],
+        "what the answers owe to each token": ["sensitivity/content", "sensitivity/instruction"],
+        "learning rates": ["lr/lora", "lr/new", "lr/led"],
+    },
+    "Counterfactual consistency": {
+        "terms": ["loss/structure", "loss/appearance", "loss/neutral", "loss/contradiction"],
+        "auxiliary loss of the graph": ["loss/graph"],
+    },
+}  # fmt: skip
+"""TensorBoard's page "Custom scalars": categories of charts, each with its scalars."""
+
 
 class Monitor:
-    """Writes scalars in named groups below `RUN/tensorboard/<fold>`; does nothing where it is not active.
+    """Writes one TensorBoard run; does nothing where it is not active.
 
     Args:
         folder: event files go here.
@@ -20,34 +50,89 @@ class Monitor:
     """
 
     def __init__(self, folder: Path, active: bool, purge_step: int | None) -> None:
-        self._writer = None
-        if active:
-            from torch.utils.tensorboard import SummaryWriter
+        self.folder = folder
+        self._file = EventFile(folder, purge_step) if active else None
 
-            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+    @property
+    def works(self) -> bool:
+        """Whether anything that is drawn here has a chance to be seen."""
+        return self._file is not None and self._file.works
 
-    def scalars(self, group: str, values: dict[str, float | None], step: int) -> None:
+    def groups(self, groups: Mapping[str, Mapping[str, float | None]], step: int) -> None:
+        """Write `group/name` for each value that is a number, all in one event."""
+        if self._file is not None:
+            self._file.scalars(
+                {f"{g}/{name}": v for g, values in groups.items() for name, v in values.items() if v is not None}, step
+            )
+
+    def scalars(self, group: str, values: Mapping[str, float | None], step: int) -> None:
         """Write `group/name` for each value that is a number."""
-        if self._writer is not None:
-            for name, value in values.items():
-                if value is not None:
-                    self._writer.add_scalar(f"{group}/{name}", value, step)
+        self.groups({group: values}, step)
 
-    def metrics(self, summary: dict[str, Any], step: int) -> None:
+    def metrics(self, summary: Mapping[str, Any], step: int) -> None:
         """Write mean and per-AU metrics of an evaluation."""
-        self.scalars("heldout", summary["mean"], step)
+        groups = {"heldout": summary["mean"]}
         for name in ("f1_binary", "f1_macro", "auc"):
-            self.scalars(f"heldout_{name}", {au: row[name] for au, row in summary["per_au"].items()}, step)
+            groups[f"heldout_{name}"] = {au: row[name] for au, row in summary["per_au"].items()}
+        self.groups(groups, step)
 
-    def text(self, name: str, content: str) -> None:
-        """Write a text, such as the resolved configuration."""
-        if self._writer is not None:
-            self._writer.add_text(name, content)
+    def text(self, name: str, content: str, step: int = 0) -> None:
+        """Write a text, such as the resolved configuration; Markdown is rendered."""
+        if self._file is not None:
+            from torch.utils.tensorboard.summary import text
 
-    def close(self) -> None:
-        """Flush and close the event file."""
-        if self._writer is not None:
-            self._writer.close()
+            self._file.summary(text(name, content), step)
+
+    def picture(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """Write a picture, `[H, W, 3]` uint8."""
+        if self._file is not None:
+            from torch.utils.tensorboard.summary import image
+
+            self._file.summary(image(name, pixels, dataformats="HWC"), step)
+
+    def curve(self, name: str, labels: np.ndarray, probabilities: np.ndarray, step: int) -> None:
+        """Write a precision-recall curve from labels and probabilities `[n]`."""
+        if self._file is not None:
+            from torch.utils.tensorboard.summary import pr_curve
+
+            self._file.summary(pr_curve(name, labels, probabilities, _THRESHOLDS), step)
+
+    def histogram(self, name: str, values: np.ndarray, step: int) -> None:
+        """Write a histogram of finite values."""
+        if self._file is not None and len(values):
+            from torch.utils.tensorboard.summary import histogram
+
+            self._file.summary(histogram(name, values, bins="auto"), step)
+
+    def layout(self) -> None:
+        """Write the layout of the page that says whether the run is healthy."""
+        if self._file is not None:
+            from torch.utils.tensorboard.summary import custom_scalars
+
+            layout = {
+                category: {title: ["Multiline", list(tags)] for title, tags in charts.items()}
+                for category, charts in LAYOUT.items()
+            }
+            self._file.summary(custom_scalars(layout), 0)
+
+    def hyperparameters(self, settings: Mapping[str, Any], metrics: Mapping[str, float | None], step: int) -> None:
+        """Write settings with the metrics that they led to, for TensorBoard's page of hyperparameters."""
+        if self._file is not None:
+            from torch.utils.tensorboard.summary import hparams
+
+            found = {f"final/{name}": value for name, value in metrics.items() if value is not None}
+            for summary in hparams(dict(settings), found):
+                self._file.summary(summary, step)
+            self._file.scalars(found, step)
+
+    def failed(self, problem: str) -> None:
+        """Say once that what is beside the event file could not be written, and write no more."""
+        if self._file is not None:
+            self._file.failed(problem)
+
+    def close(self) -> bool:
+        """Flush and close the event file; whether everything has arrived."""
+        return self._file is not None and self._file.close()
 
 
 class Throughput:

@@ -28,6 +28,7 @@ from aullm_dist.training.fold import FoldTrainer
 from aullm_dist.training.heldout import Score
 from aullm_dist.training.life import Life
 from aullm_dist.training.lock import RunLock
+from aullm_dist.training.monitor_folds import write_overview
 from aullm_dist.training.optimizer import build_optimizer
 from aullm_dist.training.placement import placement_of
 
@@ -81,15 +82,19 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
     try:
         on_main(accelerator, open_run)
         together(accelerator, life.begins)
-        for fold in chosen:
+        for place, fold in enumerate(chosen, start=1):
             life.agreement.now()
             start = initial
             if config.model.training_statistics and built.relations is not None:
                 labels = store.view(fold.train).labels(plan.aus)
                 start = {**initial, "graph.edge_strength": _strengths_from_statistics(built, labels)}
             engine_state.reset(built.model, optimizer, start)
-            trainer = FoldTrainer(accelerator, config, built, model, optimizer, store, fold, plan.aus, score, life)
+            trainer = FoldTrainer(
+                accelerator, config, built, model, optimizer, store, fold, plan.aus, score, life, (place, len(chosen))
+            )
             trainer.run(resume=mode == "resume")
+            if config.monitor.tensorboard and accelerator.is_main_process:
+                write_overview(folder, config, score)
     finally:
         lock.release()
     accelerator.wait_for_everyone()

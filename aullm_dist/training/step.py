@@ -17,6 +17,7 @@ from aullm_dist.training.batches import Batch
 from aullm_dist.training.engine import clip_gradients
 from aullm_dist.training.guard import GradientGuard
 from aullm_dist.training.monitor import Throughput
+from aullm_dist.training.monitor_clock import StepClock
 from aullm_dist.training.objective import Objective
 from aullm_dist.training.optimizer import schedule, set_learning_rates
 from aullm_dist.training.order import generator
@@ -63,6 +64,7 @@ class TrainStep:
         guard: takes or skips the update, with the optimizer.
         accumulation: micro-batches of this process in a step.
         tokens: LLM tokens computed for a number of branches.
+        clock: is told of the parts of each step; None makes one that never looks at other processes.
     """
 
     def __init__(
@@ -76,10 +78,12 @@ class TrainStep:
         *,
         accumulation: int,
         tokens: Callable[[int], int],
+        clock: StepClock | None = None,
     ) -> None:
         self.accelerator, self.model, self.trainables = accelerator, model, trainables
         self.objective, self.training, self.guard = objective, training, guard
         self.accumulation, self.tokens = accumulation, tokens
+        self.clock = clock or StepClock(accelerator.device)
 
     def run(
         self,
@@ -104,22 +108,35 @@ class TrainStep:
         Raises:
             UserError: too many steps in a row had a gradient that is not finite.
         """
-        training, processes = self.training, self.accelerator.num_processes
+        training = self.training
         factor = schedule(step, total_steps, training.warmup_fraction, training.min_lr_fraction)
         set_learning_rates(self.guard.optimizer, factor)
-        for micro in range(self.accumulation):
-            tick()
-            batch = self.fetch(batches)
-            # Dropout depends on (seed, step, micro-step, rank) alone, so there is no generator state to save.
-            key = generator(training.seed, "dropout", step, micro, self.accelerator.process_index)
-            torch.manual_seed(int(key.integers(2**62)))
-            with self.accelerator.accumulate(self.model):
-                loss, components = self.forward(batch)
-                self.backward(loss)
-                log.add(components)
-                rate.add(len(batch.sample_ids) * processes, self.tokens(len(batch.branches)) * processes)
-                if self.accelerator.sync_gradients:
-                    self.update(step)
+        self.clock.begin(step)
+        try:
+            for micro in range(self.accumulation):
+                tick()
+                self._run_micro(batches, step, micro, log, rate)
+        finally:
+            self.clock.end()
+
+    def _run_micro(self, batches: Iterator[Batch], step: int, micro: int, log: LossLog, rate: Throughput) -> None:
+        clock, processes = self.clock, self.accelerator.num_processes
+        clock.mark(None)
+        batch = self.fetch(batches)
+        clock.mark("data")
+        # Dropout depends on (seed, step, micro-step, rank) alone, so there is no generator state to save.
+        key = generator(self.training.seed, "dropout", step, micro, self.accelerator.process_index)
+        torch.manual_seed(int(key.integers(2**62)))
+        with self.accelerator.accumulate(self.model):
+            loss, components = self.forward(batch)
+            clock.mark("forward")
+            self.backward(loss)
+            clock.backward_ended()
+            log.add(components)
+            rate.add(len(batch.sample_ids) * processes, self.tokens(len(batch.branches)) * processes)
+            if self.accelerator.sync_gradients:
+                self.update(step)
+        clock.mark("optimizer")
 
     def fetch(self, batches: Iterator[Batch]) -> Batch:
         """Return the next micro-batch, its copy to the device queued."""

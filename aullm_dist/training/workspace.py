@@ -44,6 +44,10 @@ _MAY_CHANGE = {
     "data.fold",
     "monitor.tensorboard",
     "monitor.log_every_steps",
+    "monitor.communication_every_steps",
+    "monitor.images",
+    "monitor.clips",
+    "monitor.projector_clips",
 }
 
 

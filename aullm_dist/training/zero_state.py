@@ -69,7 +69,7 @@ def optimizer_state(optimizer: Any, param: nn.Parameter) -> dict[str, Any]:
     """Return `step`, `exp_avg` and `exp_avg_sq` of a parameter, empty before the first step."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    states = list(_base(optimizer).state.values())
+    states = list(base_optimizer(optimizer).state.values())
     if not states:
         return {}
     # ZeRO steps all groups together, so one counter stands for all.
@@ -81,7 +81,7 @@ def optimizer_state(optimizer: Any, param: nn.Parameter) -> dict[str, Any]:
 def set_optimizer_state(optimizer: Any, param: nn.Parameter, values: Mapping[str, Tensor]) -> None:
     """Replace AdamW's entries of a parameter; without values they are as before the first step."""
     _ensure_state(optimizer)
-    base = _base(optimizer)
+    base = base_optimizer(optimizer)
     step = float(values["step"]) if "step" in values else 0.0
     for state in base.state.values():
         state["step"].fill_(step)
@@ -106,7 +106,7 @@ def _zero(optimizer: DeepSpeedOptimizerWrapper) -> Any:
     return optimizer.optimizer
 
 
-def _base(optimizer: Any) -> torch.optim.Optimizer:
+def base_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """Return the AdamW that works on the flat pieces."""
     return _zero(optimizer).optimizer
 
@@ -120,7 +120,7 @@ def _flat_pieces(zero: Any) -> list[Tensor]:
 
 def _ensure_state(optimizer: Any) -> None:
     """Create AdamW's state as its first step would, so that there is something to overwrite."""
-    zero, base = _zero(optimizer), _base(optimizer)
+    zero, base = _zero(optimizer), base_optimizer(optimizer)
     on_device = any(group.get("capturable") or group.get("fused") for group in base.param_groups)
     for piece in _flat_pieces(zero):
         if piece not in base.state:

@@ -1,0 +1,113 @@
+"""One view over all folds of a run: pooled scores as folds come in, and the run's hyperparameters with them.
+
+It is made anew from the predictions on disk whenever a fold ends, so that it does not matter which job trained which
+fold, in which order, or how often a run was resumed.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aullm_dist.config import Config, to_dict
+from aullm_dist.data.protocols import read_folds
+from aullm_dist.errors import UserError
+from aullm_dist.log import get_logger
+from aullm_dist.training.heldout import Score
+from aullm_dist.training.monitor import Monitor
+from aullm_dist.training.predictions import Prediction, find_predictions, pool, read_predictions
+
+logger = get_logger(__name__)
+
+NAME = "all-folds"
+"""The TensorBoard run beside `fold-00`, `fold-01`, ..."""
+_METRICS = ("f1_macro", "f1_binary", "auc")
+
+
+def write_overview(run: Path, config: Config, score: Score) -> None:
+    """Write the view over the folds that have answers; whatever is wrong with it is a warning and no more.
+
+    The main process alone calls it.
+
+    Args:
+        run: the run folder.
+        config: the run's configuration.
+        score: turns labels and logits into metrics.
+    """
+    try:
+        answers = _answers(run)
+        older = list((run / "tensorboard" / NAME).glob("events.out.tfevents.*"))
+        monitor = Monitor(run / "tensorboard" / NAME, active=True, purge_step=0)
+        _write(monitor, config, score, answers, len(read_folds(run / "folds.json").folds))
+        if monitor.close():
+            for path in older:
+                path.unlink(missing_ok=True)
+    except (UserError, OSError) as error:
+        logger.warning("TensorBoard: the view over all folds is not written: %s", error)
+
+
+def _answers(run: Path) -> dict[int, tuple[tuple[int, ...], list[Prediction]]]:
+    """Return AUs and answers of each fold on its test clips, or on its inner ones where nothing is tested."""
+    found = {}
+    for fold, path in find_predictions(run).items():
+        file = read_predictions(path)
+        role = "test" if any(row.role == "test" for row in file.rows) else "inner"
+        found[fold] = (file.aus, [row for row in file.rows if row.role == role])
+    return found
+
+
+def _write(
+    monitor: Monitor,
+    config: Config,
+    score: Score,
+    answers: Mapping[int, tuple[tuple[int, ...], list[Prediction]]],
+    num_folds: int,
+) -> None:
+    lines = ["| fold | clips | f1_macro | f1_binary | auc |", "|---|---:|---:|---:|---:|"]
+    rows: dict[str, Prediction] = {}
+    summary: dict[str, Any] = {}
+    for place, (fold, (aus, own)) in enumerate(sorted(answers.items()), start=1):
+        alone = _score(own, aus, score)["mean"]
+        # Inner clips of a run without a test side may be held out in several folds; the last answer stands.
+        rows |= {row.sample_id: row for row in own}
+        summary = _score(list(rows.values()), aus, score)
+        monitor.groups(
+            {
+                "pooled": {name: summary["mean"][name] for name in _METRICS},
+                "fold_alone": {name: alone[name] for name in _METRICS},
+                "pooled_f1_macro": {au: row["f1_macro"] for au, row in summary["per_au"].items()},
+                "progress": {"folds_done": place, "folds_in_all": num_folds},
+            },
+            place,
+        )
+        cells = (_percent(alone[name]) for name in _METRICS)
+        lines.append(f"| {fold} | {len(own)} | {' | '.join(cells)} |")
+    if summary:
+        cells = (_percent(summary["mean"][name]) for name in _METRICS)
+        lines.append(f"| pooled | {len(rows)} | {' | '.join(cells)} |")
+        monitor.hyperparameters(flat_settings(config), {n: summary["mean"][n] for n in _METRICS}, len(answers))
+    note = (
+        "\n\nThe steps of this run count folds. The score of one fold is that of a few clips: it is here to find a "
+        "fold that went wrong. What counts is pooled."
+    )
+    monitor.text("folds", "\n".join(lines) + note, len(answers))
+
+
+def flat_settings(config: Config) -> dict[str, str | float | bool]:
+    """Return the settings that may change what is trained, as `group.key`; lists as text, paths left out."""
+    flat: dict[str, str | float | bool] = {}
+    for group in ("model", "data", "counterfactual", "training"):
+        for key, value in to_dict(config)[group].items():
+            if isinstance(value, list):
+                value = ", ".join(map(str, value))
+            if isinstance(value, str | int | float | bool) and (group, key) != ("training", "output"):
+                flat[f"{group}.{key}"] = value
+    return flat
+
+
+def _score(rows: list[Prediction], aus: Sequence[int], score: Score) -> dict[str, Any]:
+    pooled = pool(rows)
+    return score((pooled.labels, pooled.logits), aus)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
