@@ -40,6 +40,9 @@ def overrides(dataset: Path, llm: Path | str, output: Path, **changes: object) -
         "training.evaluate_every_epochs": 1,
         "training.baseline": False,
         "monitor.log_every_steps": 1,
+        # Pictures take a second each time; tests of them ask for some.
+        "monitor.clips": 0,
+        "monitor.projector_clips": 0,
     }
     settings |= {name.replace("__", ".", 1): value for name, value in changes.items()}
     return [f"{name}={_as_yaml(value)}" for name, value in settings.items()]

@@ -8,7 +8,7 @@ from matplotlib.image import AxesImage
 
 from aullm_dist.figures.style import FONT_POINTS, SEQUENTIAL
 
-COLUMNS = ("active,\nfound", "active,\nmissed", "not active,\nfound", "not active,\nleft out")
+COLUMNS = ("active,\nfound", "active,\nmissed", "not active,\nfound", "not active,\nnot found")
 
 
 def draw_confusion(ax: Axes, aus: Sequence[int], labels: np.ndarray, predicted: np.ndarray) -> AxesImage:

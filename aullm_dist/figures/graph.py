@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 
@@ -71,13 +72,11 @@ def draw_graph(
     limit = limit or float(shown.max(initial=0.0)) or 1.0
     image = ax.imshow(np.ma.masked_invalid(table), cmap=DIVERGING, vmin=-limit, vmax=limit)
     ax.set_facecolor(EMPTY)
-    for edge, value, here, known in zip(edges, values, present, prior, strict=True):
-        if here or known:
-            x, y = place[edge[1]], place[edge[0]]
-            _mark(ax, x, y, str(edge[2]), present=here, known=known)
-            if numbers and here:
-                colour = "white" if abs(value) > 0.6 * limit else "black"
-                ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=FONT_POINTS - 3, color=colour)
+    places = np.array([(place[edge[1]], place[edge[0]]) for edge in edges], dtype=float).reshape(-1, 2)
+    _mark(ax, places, [str(edge[2]) for edge in edges], present, prior)
+    for (x, y), value in zip(places[present], values[present], strict=True) if numbers else ():
+        colour = "white" if abs(value) > 0.6 * limit else "black"
+        ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=FONT_POINTS - 3, color=colour)
     label_aus(ax, aus, rows=True, columns=True)
     ax.set_ylabel("AU that receives", fontsize=FONT_POINTS)
     ax.set_xlabel("AU that sends", fontsize=FONT_POINTS)
@@ -88,20 +87,19 @@ def draw_graph(
     return image
 
 
-def _mark(ax: Axes, x: float, y: float, relation: str, *, present: bool, known: bool) -> None:
-    marker, colour = RELATION_MARKERS[relation]
-    face = colour if known else "white"
-    ax.plot(
-        x - 0.32,
-        y - 0.32,
-        marker=marker,
-        markersize=3.5,
-        markerfacecolor=face,
-        markeredgecolor=colour,
-        markeredgewidth=0.6,
-    )
-    if not present:
-        ax.plot([x - 0.45, x + 0.45], [y - 0.45, y + 0.45], color=BLACK, linewidth=0.8)
+def _mark(ax: Axes, places: np.ndarray, relations: Sequence[str], present: np.ndarray, prior: np.ndarray) -> None:
+    corners = places - 0.32
+    for relation, (marker, colour) in RELATION_MARKERS.items():
+        of_type = np.array([name == relation for name in relations], dtype=bool)
+        for chosen, face in ((of_type & prior, colour), (of_type & present & ~prior, "white")):
+            if chosen.any():
+                x, y = corners[chosen].T
+                size = 4 if relation == "self" else 12
+                ax.scatter(
+                    x, y, size, marker=marker, facecolors=face, edgecolors=colour, linewidths=0.6, label=relation
+                )
+    cut = places[prior & ~present]
+    ax.add_collection(LineCollection(np.stack([cut - 0.45, cut + 0.45], axis=1), colors=BLACK, linewidths=0.8))
 
 
 def _legend(ax: Axes, relations: set[str]) -> None:

@@ -19,6 +19,8 @@ from aullm_dist.log import get_logger
 logger = get_logger(__name__)
 
 _numbers = itertools.count()
+_said: set[Path] = set()
+"""Folders of runs whose trouble was spoken of: the folds of a run share a disk."""
 _WAITING = 256
 """Events that may wait for the disk."""
 _FLUSH_SECONDS = 10.0
@@ -69,10 +71,12 @@ class EventFile:
         self._put(self._event(wall_time=time.time(), step=step, summary=summary))
 
     def failed(self, problem: str) -> None:
-        """Give the file up and say why, once."""
-        if not self._given_up:
-            self._given_up = True
-            logger.warning("TensorBoard: %s; the run goes on without event files in %s", problem, self.folder)
+        """Give the file up and say why, once for all files beside each other."""
+        self._given_up = True
+        run = self.folder.parent
+        if run not in _said:
+            _said.add(run)
+            logger.warning("TensorBoard: %s; the run goes on without event files in %s", problem, run)
 
     def close(self) -> bool:
         """Wait until all is on disk, but not for ever; whether it is."""

@@ -5,7 +5,9 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection, PathCollection
 
+from aullm_dist.figures.confusion import draw_confusion
 from aullm_dist.figures.evidence import draw_evidence
 from aullm_dist.figures.graph import draw_graph
 from aullm_dist.figures.style import new_figure, to_pixels
@@ -65,8 +67,8 @@ def test_an_edit_shows_what_was_cut_and_what_came(ax):
     table = draw_graph(ax, relations.aus, relations.describe(), np.ones(relations.num_edges), mask=mask).get_array()
     assert table.mask[relations.target[cut], relations.source[cut]].all()
     assert not table.mask[relations.target[come], relations.source[come]].any()
-    lines = [line for line in ax.lines if len(line.get_xdata()) == 2]
-    assert len(lines) == cut.sum()
+    crosses = [shape for shape in ax.collections if isinstance(shape, LineCollection)]
+    assert sum(len(shape.get_segments()) for shape in crosses) == cut.sum()
 
 
 def test_types_differ_in_shape_and_colour(ax):
@@ -74,8 +76,10 @@ def test_types_differ_in_shape_and_colour(ax):
     draw_graph(ax, relations.aus, relations.describe(), np.ones(relations.num_edges))
     names = [text.get_text() for text in ax.get_legend().get_texts()]
     assert names == ["co-occur", "antagonist", "subset", "region", "self"]
-    shapes = {line.get_marker() for line in ax.lines}
-    assert len(shapes) == 5
+    marks = {shape.get_label(): shape for shape in ax.collections if isinstance(shape, PathCollection)}
+    assert set(marks) == set(names)
+    assert len({marks[name].get_paths()[0].vertices.tobytes() for name in names if name != "self"}) == 4
+    assert sum(len(shape.get_offsets()) for shape in marks.values()) == relations.prior_mask.sum()
 
 
 def test_a_graph_with_values_that_do_not_fit_is_refused(ax):
@@ -85,6 +89,14 @@ def test_a_graph_with_values_that_do_not_fit_is_refused(ax):
         draw_graph(ax, relations.aus, edges, np.zeros(len(edges) + 1))
     with pytest.raises(ValueError, match="finite"):
         draw_graph(ax, relations.aus, edges, np.full(len(edges), np.inf))
+
+
+def test_a_confusion_counts_and_shades_by_label(ax):
+    labels = np.array([[1, 0], [1, 0], [0, 0]])
+    predicted = np.array([[1, 1], [0, 0], [0, 0]], dtype=bool)
+    image = draw_confusion(ax, (4, 12), labels, predicted)
+    np.testing.assert_allclose(image.get_array(), [[0.5, 0.5, 0, 1], [0, 0, 1 / 3, 2 / 3]])
+    assert [text.get_text() for text in ax.texts] == ["1", "1", "0", "1", "0", "0", "1", "2"]
 
 
 def test_pyplot_stays_out():
