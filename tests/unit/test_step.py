@@ -17,6 +17,7 @@ from aullm_dist.training.batches import training_loader
 from aullm_dist.training.build import build_model, training_recipe
 from aullm_dist.training.guard import GradientGuard
 from aullm_dist.training.monitor import Throughput
+from aullm_dist.training.monitor_clock import PARTS
 from aullm_dist.training.objective import Objective
 from aullm_dist.training.optimizer import build_optimizer
 from aullm_dist.training.order import BatchPlan, SampleStream
@@ -115,6 +116,9 @@ def test_between_logged_steps_nothing_waits_for_the_device(tiny_dataset, tiny_ll
         losses = loop.log.read()
     assert "aten::item" in waiting(trace), "the trace would show a host that waits"
     assert all(math.isfinite(value) for value in losses.values())
+    times = loop.step.clock.read()
+    assert min(times.values()) > 0
+    assert times["total"] == pytest.approx(sum(times[part] for part in PARTS))
     assert math.isfinite(loop.guard.last_norm)
 
 
