@@ -54,6 +54,7 @@ bench: setup
 	mkdir -p build/bench
 	$(BIN)/python benchmarks/packed_step.py --json build/bench/packed_step.json
 	$(BIN)/python benchmarks/train_step.py tiny --json build/bench/train_step.json
+	$(BIN)/python benchmarks/monitor.py --json build/bench/monitor.json
 	$(BIN)/python kernels/benchmarks --json build/bench/kernels.json --markdown build/bench/kernels.md
 	$(BIN)/python benchmarks/prepare.py --json build/bench/prepare.json
 	$(BIN)/python benchmarks/engines.py --quick --json build/bench/engines.json --markdown build/bench/engines.md
