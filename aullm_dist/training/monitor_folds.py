@@ -20,6 +20,8 @@ logger = get_logger(__name__)
 
 NAME = "all-folds"
 """The TensorBoard run beside `fold-00`, `fold-01`, ..."""
+_KEPT = 4
+"""Older files that stay: a TensorBoard that is open must find the file that it was reading, or it never moves on."""
 _METRICS = ("f1_macro", "f1_binary", "auc")
 
 
@@ -35,11 +37,11 @@ def write_overview(run: Path, config: Config, score: Score) -> None:
     """
     try:
         answers = _answers(run)
-        older = list((run / "tensorboard" / NAME).glob("events.out.tfevents.*"))
+        older = sorted((run / "tensorboard" / NAME).glob("events.out.tfevents.*"))
         monitor = Monitor(run / "tensorboard" / NAME, active=True, purge_step=0)
         _write(monitor, config, score, answers, len(read_folds(run / "folds.json").folds))
         if monitor.close():
-            for path in older:
+            for path in older[:-_KEPT]:
                 path.unlink(missing_ok=True)
     except (UserError, OSError) as error:
         logger.warning("TensorBoard: the view over all folds is not written: %s", error)

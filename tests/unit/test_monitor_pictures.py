@@ -196,19 +196,26 @@ def test_all_folds_are_pooled_in_one_view(tmp_path):
         write_overview(tmp_path, config, summarise)
         return rows
 
+    folder = tmp_path / "tensorboard" / "all-folds"
     kept = answer(2)
+    live = EventAccumulator(str(folder))
+    live.Reload()
     kept += answer(0)
-    (file,) = (tmp_path / "tensorboard" / "all-folds").iterdir()
-    events = EventAccumulator(str(file.parent))
+    events = EventAccumulator(str(folder))
     events.Reload()
+    live.Reload()
+    assert [event.step for event in live.Scalars("pooled/f1_macro")] == [1, 2], "a TensorBoard that was open all along"
     labels, logits = (np.array([getattr(row, field) for row in kept]) for field in ("labels", "logits"))
     pooled = events.Scalars("pooled/f1_macro")
     assert [event.step for event in pooled] == [1, 2]
     assert pooled[-1].value == pytest.approx(summarise((labels, logits), (1, 4))["mean"]["f1_macro"])
     assert len(events.Scalars("fold_alone/f1_macro")) == 2
     assert [event.value for event in events.Scalars("progress/folds_in_all")] == [3, 3]
-    text = events.Tensors("folds/text_summary")[0].tensor_proto.string_val[0].decode()
+    text = events.Tensors("folds/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "| pooled | 4 |" in text
+    for _ in range(5):
+        write_overview(tmp_path, config, summarise)
+    assert len(list(folder.iterdir())) == 5
 
 
 def test_a_view_that_cannot_be_made_stops_nothing(tmp_path, caplog, monkeypatch):
