@@ -1,9 +1,11 @@
 """What the loop of a fold reports: numbers of logged steps for TensorBoard and console, troubles, and a last line."""
 
+import math
 import time
 from types import TracebackType
 
 from accelerate import Accelerator
+from torch import nn
 
 from aullm_dist.config import Config
 from aullm_dist.log import get_logger
@@ -101,15 +103,24 @@ class LoopMonitor:
         for part, module in self._model.named_children():
             if part in self._asked or part == "reasoner":
                 continue
-            states = (engine_state.optimizer_state(self._step.guard.optimizer, p) for p in module.parameters())
-            moments = [state["exp_avg_sq"] for state in states if "exp_avg_sq" in state]
-            if not moments:
-                continue
-            if any(bool(moment.any()) for moment in moments):
+            reached = self._is_reached(module)
+            if reached:
                 self._asked.add(part)
-            else:
+            elif reached is False:
                 silent.append(part)
         self.health.parts(silent)
+
+    def _is_reached(self, module: nn.Module) -> bool | None:
+        """Return whether a gradient has reached a module, None before the first step."""
+        stepped = False
+        # One at a time and the small ones first: an engine may have to gather each.
+        for parameter in sorted(module.parameters(), key=lambda p: math.prod(engine_state.full_shape(p))):
+            state = engine_state.optimizer_state(self._step.guard.optimizer, parameter)
+            if "exp_avg_sq" in state:
+                stepped = True
+                if bool(state["exp_avg_sq"].any()):
+                    return True
+        return False if stepped else None
 
     def away(self, seconds: float) -> None:
         """Hear of time that went into something else than training, such as an evaluation."""
@@ -121,7 +132,7 @@ class LoopMonitor:
         training = max(time.monotonic() - self._begun - self._away, 1e-9)
         steps = done - self._first
         clips = steps * self._config.training.global_batch / training
-        line = f"{self._name}: {steps} steps in {duration(training)}, {clips:.3g} clips/s"
+        line = f"{self._name}: {steps} step{'s' * (steps != 1)} in {duration(training)}, {clips:.3g} clips/s"
         if self._away >= 1:
             line += f"; evaluations and checkpoints {duration(self._away)}"
         if self._first_loss is not None and self._last_loss is not None:
