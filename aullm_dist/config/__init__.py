@@ -14,7 +14,7 @@ from aullm_dist.config.schema import (
     TrainingConfig,
 )
 from aullm_dist.config.sharding import offloaded_to
-from aullm_dist.config.shipped import configs_folder, find_config
+from aullm_dist.config.shipped import configs_folder, find_config, shipped_names
 from aullm_dist.config.strategy import Strategy, load_strategy
 
 __all__ = [
@@ -33,5 +33,6 @@ __all__ = [
     "load_strategy",
     "offloaded_to",
     "refuse_launcher",
+    "shipped_names",
     "to_dict",
 ]

@@ -14,8 +14,14 @@ def configs_folder() -> Path:
     return PACKAGED_CONFIGS if PACKAGED_CONFIGS.is_dir() else CHECKOUT_CONFIGS
 
 
+def shipped_names(group: str = "") -> list[str]:
+    """Return the names of the shipped run files, or of those in a folder of them (`ablation`)."""
+    root = configs_folder() / "experiments"
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in (root / group).rglob("*.yaml"))
+
+
 def find_config(name: str) -> Path:
-    """Return the path of a run file given as a path, or as the name of a shipped one (`demo`).
+    """Return the path of a run file given as a path, or as the name of a shipped one (`demo`, `ablation/no_ccr`).
 
     Raises:
         UserError: neither the path nor a shipped run file of that name exists.
@@ -26,5 +32,4 @@ def find_config(name: str) -> Path:
     shipped = configs_folder() / "experiments" / f"{name.removesuffix('.yaml')}.yaml"
     if shipped.is_file():
         return shipped
-    known = sorted(p.stem for p in (configs_folder() / "experiments").glob("*.yaml"))
-    raise UserError(f"{name}: no such run file; give the path of a YAML file or one of: {', '.join(known)}")
+    raise UserError(f"{name}: no such run file; give the path of a YAML file or one of: {', '.join(shipped_names())}")

@@ -19,7 +19,16 @@ from aullm_dist.evaluation.ranking import ranking
 from aullm_dist.facs import au_name
 from aullm_dist.training.predictions import Pooled
 
-__all__ = ["compare_blocks", "compare_runs", "seed_blocks", "seed_summary"]
+__all__ = [
+    "check_same_clips",
+    "compare_blocks",
+    "compare_runs",
+    "scores_of",
+    "seed_blocks",
+    "seed_summary",
+    "signed",
+    "span",
+]
 
 SCORES = ("f1_binary", "f1_macro", "auc", "ap")
 
@@ -44,8 +53,8 @@ def compare_runs(first: Path | str, second: Path | str, *, bootstrap: int = 1000
     (plan, _, one), (other_plan, _, two) = (read_run(Path(run)) for run in (first, second))
     if plan.aus != other_plan.aus:
         raise UserError(f"{second}: AUs {list(other_plan.aus)}; {first} has {list(plan.aus)}; the two must be equal")
-    _check_same_clips(first, one, second, two)
-    scores = [_scores(rows, plan.aus) for rows in (one, two)]
+    check_same_clips(first, one, second, two)
+    scores = [scores_of(rows, plan.aus) for rows in (one, two)]
     samples = [
         resample(
             rows.labels, rows.logits, rows.logits > logit_of(HEADLINE_THRESHOLD), rows.subjects,
@@ -80,14 +89,20 @@ def compare_runs(first: Path | str, second: Path | str, *, bootstrap: int = 1000
     return result
 
 
-def _scores(rows: Pooled, aus: Sequence[int]) -> dict[str, dict[str, float | None]]:
+def scores_of(rows: Pooled, aus: Sequence[int]) -> dict[str, dict[str, float | None]]:
+    """Return every score of `SCORES` per AU, and in the mean under `mean`; fractions, None where undefined."""
     summary = summarise((rows.labels, rows.logits), aus)
     ranks = ranking(rows.labels, rows.logits, rows.subjects, aus)
     merged = {key: {**part, "ap": ranks["per_au"][key]["ap"]} for key, part in summary["per_au"].items()}
     return {**merged, "mean": {**summary["mean"], "ap": ranks["mean"]["ap"]}}
 
 
-def _check_same_clips(first: Path | str, one: Pooled, second: Path | str, two: Pooled) -> None:
+def check_same_clips(first: Path | str, one: Pooled, second: Path | str, two: Pooled) -> None:
+    """Refuse two runs that cannot be compared clip by clip.
+
+    Raises:
+        UserError: they test other clips, or a clip has other labels.
+    """
     if one.sample_ids != two.sample_ids:
         only = sorted(set(one.sample_ids) ^ set(two.sample_ids))[0]
         has, lacks = (first, second) if only in one.sample_ids else (second, first)
@@ -119,18 +134,20 @@ def _difference_rows(
     result: dict[str, Any], names: Sequence[str]
 ) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     def cells(part: dict[str, Any]) -> tuple[str, ...]:
-        return tuple(text for name in names for text in (_signed(part[name]["difference"]), _span(part[name]["ci"])))
+        return tuple(text for name in names for text in (signed(part[name]["difference"]), span(part[name]["ci"])))
 
     rows = [(au_name(au), *cells(result["per_au"][f"AU{au}"])) for au in result["aus"]]
     rows.append((f"mean of {len(rows)} AUs", *cells(result["mean"])))
     return ("AU", *(text for name in names for text in (name, "95% CI"))), tuple(rows)
 
 
-def _signed(value: float | None) -> str:
+def signed(value: float | None) -> str:
+    """Return a difference of fractions in points with its sign, `-` for None."""
     return "-" if value is None else f"{100 * value:+.1f}"
 
 
-def _span(pair: Sequence[float] | None) -> str:
+def span(pair: Sequence[float] | None) -> str:
+    """Return low and high of a difference in points, `-` for None."""
     return "-" if pair is None else f"{100 * pair[0]:+.1f}..{100 * pair[1]:+.1f}"
 
 
@@ -148,7 +165,7 @@ def seed_summary(runs: Sequence[Path | str]) -> dict[str, Any]:
         if metrics[-1]["aus"] != metrics[0]["aus"]:
             raise UserError(f"{run}: AUs {metrics[-1]['aus']}; {runs[0]} has {metrics[0]['aus']}")
         if clips is not None:
-            _check_same_clips(runs[0], clips, run, rows)
+            check_same_clips(runs[0], clips, run, rows)
         clips = clips or rows
     names = ("f1_binary", "f1_macro", "auc")
     parts = {key: [item["per_au"][key] for item in metrics] for key in metrics[0]["per_au"]}

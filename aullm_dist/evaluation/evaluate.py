@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from aullm_dist.config import load
+from aullm_dist.config import TrainingConfig, load
 from aullm_dist.data.protocols import Fold, FoldPlan, read_folds
 from aullm_dist.errors import UserError
 from aullm_dist.evaluation.bootstrap import subject_bootstrap
@@ -178,11 +178,8 @@ def _score_corpora(pooled: Pooled, aus: Sequence[int]) -> dict[str, Any] | None:
     return scores
 
 
-def _unfinished(files: Mapping[int, PredictionFile], plan: FoldPlan, run_config: Path) -> list[str]:
+def unfinished(files: Mapping[int, PredictionFile], plan: FoldPlan, training: TrainingConfig) -> list[str]:
     """Name the folds whose training had not reached its last step: to stop a run at a good score is to choose by it."""
-    if not run_config.exists():
-        return []
-    training = load(run_config).training
     notes = []
     for index, file in sorted(files.items()):
         last = total_steps(len(plan.folds[index].train), training.epochs, training.global_batch, training.max_steps)
@@ -206,7 +203,8 @@ def _describe(
         longest = max(epochs.values())
         short = [f"fold-{index:02d} (epoch {done})" for index, done in epochs.items() if done < longest]
         notes.append(f"folds ended at different epochs; behind epoch {longest}: {', '.join(short)}")
-    notes += _unfinished(files, plan, run_config)
+    if run_config.exists():
+        notes += unfinished(files, plan, load(run_config).training)
     if epoch is not None:
         notes.append(f"epoch {epoch} was chosen by hand: report the last epoch, or test labels choose the epoch")
     return {
