@@ -36,28 +36,52 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Score the pooled test predictions of a run and write `metrics.json`, `table.md` and `table.csv` into its folder.
 
-    Args:
-        run_dir: Folder with `folds.json` and `fold-*/predictions/`.
-        epoch: None takes each fold's last epoch, the only one that may be reported. A number is for looking at
-            training; its files bear the epoch in their names, so that they never replace the run's result.
-        bootstrap: Resamples of subjects for the confidence intervals; 0 leaves them out.
-        seed: Seed of the resampling.
-        leaky: Also score choices made on the test labels, as `leaky`; they change nothing else.
+    Args: as `score_run` has them. The files of an `epoch` bear its number in their names, so that they never replace
+    the run's result.
 
     Returns:
         The contents of `metrics.json`, in fractions.
 
     Raises:
-        UserError: If predictions are missing, malformed, overlapping or not those of `folds.json`, or the
-            folder cannot be written.
+        UserError: What `score_run` raises, or the folder cannot be written.
     """
     run_dir = Path(run_dir)
+    metrics = score_run(run_dir, epoch=epoch, bootstrap=bootstrap, seed=seed, leaky=leaky)
+    suffix = "" if epoch is None else f"-epoch-{epoch:04d}"
+    outputs = {f"table{suffix}.md": "markdown", f"table{suffix}.csv": "csv", f"metrics{suffix}.json": "json"}
+    for name, fmt in outputs.items():
+        try:
+            write_text(run_dir / name, render(metrics, fmt))
+        except OSError as error:
+            raise UserError(f"{run_dir / name}: cannot be written ({error.strerror})") from None
+    return metrics
+
+
+def score_run(
+    run_dir: Path, *, epoch: int | None = None, bootstrap: int = 1000, seed: int = 0, leaky: bool = False
+) -> dict[str, Any]:
+    """Score the pooled test predictions of a run; nothing is written.
+
+    Args:
+        run_dir: Folder with `folds.json` and `fold-*/predictions/`.
+        epoch: None takes each fold's last epoch, the only one that may be reported. A number is for looking at
+            training.
+        bootstrap: Resamples of subjects for the confidence intervals; 0 leaves them out.
+        seed: Seed of the resampling.
+        leaky: Also score choices made on the test labels, as `leaky`; they change nothing else.
+
+    Returns:
+        What `metrics.json` holds, in fractions.
+
+    Raises:
+        UserError: If predictions are missing, malformed, overlapping or not those of `folds.json`.
+    """
     if bootstrap < 0 or seed < 0:
         raise UserError(f"bootstrap {bootstrap}, seed {seed}: both must be at least 0")
     plan, files, pooled = read_run(run_dir, epoch)
     aus = plan.aus
     predicted = pooled.logits > logit_of(HEADLINE_THRESHOLD)
-    metrics = {
+    return {
         "unit": "fraction",
         "threshold": HEADLINE_THRESHOLD,
         "threshold_policy": "fixed 0.5 on sigmoid(logit)",
@@ -72,14 +96,6 @@ def evaluate_run(
         "per_corpus": _score_corpora(pooled, aus),
         "leaky": leaky_variants(run_dir, aus, sorted(files)) if leaky else None,
     }
-    suffix = "" if epoch is None else f"-epoch-{epoch:04d}"
-    outputs = {f"table{suffix}.md": "markdown", f"table{suffix}.csv": "csv", f"metrics{suffix}.json": "json"}
-    for name, fmt in outputs.items():
-        try:
-            write_text(run_dir / name, render(metrics, fmt))
-        except OSError as error:
-            raise UserError(f"{run_dir / name}: cannot be written ({error.strerror})") from None
-    return metrics
 
 
 def read_run(run_dir: Path, epoch: int | None = None) -> tuple[FoldPlan, dict[int, PredictionFile], Pooled]:

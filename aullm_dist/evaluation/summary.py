@@ -11,7 +11,7 @@ from aullm_dist.data.protocols import read_folds
 from aullm_dist.evaluation.evaluate import evaluate_run, write_thresholds
 from aullm_dist.evaluation.metrics import probability_of, summarise
 from aullm_dist.evaluation.tables import render
-from aullm_dist.training.predictions import find_predictions, pool, read_predictions, zeroed_path
+from aullm_dist.training.predictions import Pooled, find_predictions, pool, read_predictions, zeroed_path
 
 
 def print_summary(run: Path, config: Config) -> None:
@@ -53,24 +53,37 @@ def _write_comparison(run: Path, metrics: dict[str, Any]) -> None:
         out("\n")
 
 
-def zeroed_scores(run: Path) -> dict[str, tuple[float, float]]:
-    """Return, per soft token, the pooled f1_macro without it and the mean change of the probabilities.
+def zeroed_answers(run: Path) -> dict[str, Pooled]:
+    """Return the pooled test answers without each soft token; one that is not there for every scored fold is left out.
 
-    A token is left out unless every fold that was scored has its answers.
+    Raises:
+        UserError: predictions are missing or malformed.
     """
     finals = {index: read_predictions(path) for index, path in find_predictions(run).items()}
     full = pool(row for file in finals.values() for row in file.rows if row.role == "test")
-    scores = {}
+    answers = {}
     for token in ("content", "instruction"):
         paths = [zeroed_path(run, index, token) for index in finals]
         if not all(path.exists() for path in paths):
             continue
         without = pool(row for path in paths for row in read_predictions(path).rows if row.role == "test")
-        if without.sample_ids != full.sample_ids:
-            continue
-        aus = next(iter(finals.values())).aus
+        if without.sample_ids == full.sample_ids:
+            answers[token] = without
+    return answers
+
+
+def zeroed_scores(run: Path) -> dict[str, tuple[float, float]]:
+    """Return, per soft token, the pooled f1_macro without it and the mean change of the probabilities."""
+    answers = zeroed_answers(run)
+    if not answers:
+        return {}
+    finals = [read_predictions(path) for path in find_predictions(run).values()]
+    full = pool(row for file in finals for row in file.rows if row.role == "test")
+    scores = {}
+    for token, without in answers.items():
         change = np.abs(probability_of(full.logits) - probability_of(without.logits)).mean()
-        scores[token] = (summarise((without.labels, without.logits), aus)["mean"]["f1_macro"], float(change))
+        mean = summarise((without.labels, without.logits), finals[0].aus)["mean"]
+        scores[token] = (mean["f1_macro"], float(change))
     return scores
 
 

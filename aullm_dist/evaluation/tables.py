@@ -31,6 +31,11 @@ def render(metrics: Mapping[str, Any], fmt: str) -> str:
         return json.dumps(metrics, indent=1, allow_nan=False) + "\n"
     if fmt == "csv":
         return _render_csv(metrics)
+    return render_blocks(metric_blocks(metrics), fmt)
+
+
+def metric_blocks(metrics: Mapping[str, Any]) -> list[Block]:
+    """Return what `evaluate_run` returned as tables."""
     blocks = [_headline_block(metrics), ranking_block(metrics)]
     if metrics["inner_thresholds"]:
         blocks.append(_inner_block(metrics))
@@ -38,7 +43,7 @@ def render(metrics: Mapping[str, Any], fmt: str) -> str:
         blocks.append(corpora_block(metrics))
     if metrics["leaky"]:
         blocks.append(leaky_block(metrics))
-    return render_blocks(blocks, fmt)
+    return blocks
 
 
 def _describe(metrics: Mapping[str, Any]) -> str:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
+from torch import nn
 
 from aullm_dist.config import Config, apply_overrides, from_dict, to_dict
 from aullm_dist.data.clips import ClipStore
 from aullm_dist.errors import UserError
 from aullm_dist.log import get_logger
 from aullm_dist.training import engine
-from aullm_dist.training.build import build_model, evaluation_recipe
+from aullm_dist.training.build import BuiltModel, build_model, evaluation_recipe
 from aullm_dist.training.checkpoint import MODULES_CONFIG_FILE, read_checkpoint
 from aullm_dist.training.context import on_main, together
 from aullm_dist.training.heldout import Answers, HeldOut
@@ -89,20 +90,16 @@ def find_trained(path: Path, overrides: Sequence[str], processes: int) -> Traine
     return Trained(folder, config, tuple(aus))
 
 
-def predict(accelerator: Accelerator, trained: Trained, datasets: Sequence[Path]) -> Answers:
-    """Answer every clip of prepared datasets; each process computes its share, all return all answers.
+def load_trained(accelerator: Accelerator, trained: Trained) -> tuple[BuiltModel, nn.Module]:
+    """Build the model of a checkpoint and read its weights; returns it and what the engine made of it.
 
-    Args:
-        accelerator: from `context.start` with the configuration of `trained`.
-        trained: from `find_trained`.
-        datasets: folders written by `aullm-dist prepare`.
+    Every process calls it, and `engine.release` when it is done.
 
     Raises:
-        UserError: a dataset, the checkpoint or its LLM cannot be used, or do not belong together.
+        UserError: the checkpoint or its LLM cannot be used, or do not belong together.
     """
     config = trained.config
     refuse_compiled(config)
-    store = together(accelerator, lambda: ClipStore(datasets, config.data.size))
     sharding = engine.resolved(config.training, accelerator.num_processes)
     built = build_model(config, trained.aus, config.model.llm, placement_of(accelerator, sharding))
     built.model.to(accelerator.device)
@@ -116,6 +113,23 @@ def predict(accelerator: Accelerator, trained: Trained, datasets: Sequence[Path]
     saved.apply()
     logger.info("Checkpoint: %s, step %d", trained.folder, saved.trainer["step"])
     together(accelerator, lambda: self_check(config, built))
+    return built, model
+
+
+def predict(accelerator: Accelerator, trained: Trained, datasets: Sequence[Path]) -> Answers:
+    """Answer every clip of prepared datasets; each process computes its share, all return all answers.
+
+    Args:
+        accelerator: from `context.start` with the configuration of `trained`.
+        trained: from `find_trained`.
+        datasets: folders written by `aullm-dist prepare`.
+
+    Raises:
+        UserError: a dataset, the checkpoint or its LLM cannot be used, or do not belong together.
+    """
+    config = trained.config
+    store = together(accelerator, lambda: ClipStore(datasets, config.data.size))
+    built, model = load_trained(accelerator, trained)
     held_out = HeldOut(accelerator, evaluation_recipe(config, built), trained.aus, config.training.micro_batch)
     everything = store.view([sample.sample_id for sample in store.samples])
     answers = held_out.answer(model, everything, name="Predicting")[None]

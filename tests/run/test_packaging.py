@@ -202,8 +202,9 @@ def test_an_empty_environment_finds_every_shipped_run_file(installed, tmp_path):
         [str(installed / "python"), "-c", "from aullm_dist import config; print(config.configs_folder())"], tmp_path
     )
     assert Path(found.strip()).is_relative_to(installed.parent)
-    names = sorted(path.stem for path in (ROOT / "configs" / "experiments").glob("*.yaml"))
-    assert "demo" in names
+    root = ROOT / "configs" / "experiments"
+    names = sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+    assert {"demo", "ablation/no_ccr"} < set(names)
     for name in names:
         resolved = yaml.safe_load(_run([str(installed / "aullm-dist"), "config", name], tmp_path))
         written = yaml.safe_load((ROOT / "configs" / "experiments" / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -217,3 +218,6 @@ def test_the_wheel_holds_the_packages_and_nothing_else(installed):
     assert top == {"aullm_dist", "aullm_kernels", f"aullm_dist-{aullm_dist.__version__}.dist-info"}
     sources = {path.relative_to(ROOT) for path in (ROOT / "aullm_dist").rglob("*.py")}
     assert sources == {path.relative_to(site_packages) for path in (site_packages / "aullm_dist").rglob("*.py")}
+    templates = {path.relative_to(ROOT) for path in (ROOT / "aullm_dist").rglob("*.jinja")}
+    assert templates
+    assert all((site_packages / path).is_file() for path in templates)

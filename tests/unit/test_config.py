@@ -101,10 +101,14 @@ def test_a_missing_file_and_an_unknown_shipped_name(tmp_path):
 
 
 def test_every_shipped_run_file_loads():
-    files = sorted((config.configs_folder() / "experiments").glob("*.yaml"))
-    assert files
-    for path in files:
+    files = sorted((config.configs_folder() / "experiments").rglob("*.yaml"))
+    assert len(files) == len(config.shipped_names())
+    assert {"demo", "ablation/led_cnn"} < set(config.shipped_names())
+    assert "ablation/led_cnn" in config.shipped_names("ablation")
+    assert "demo" not in config.shipped_names("ablation")
+    for path, name in zip(files, config.shipped_names(), strict=True):
         config.load(path)
+        assert config.find_config(name) in files
 
 
 def test_every_numeric_setting_is_range_checked():

@@ -1,0 +1,93 @@
+"""What a report asks of trained models: checkpoints and datasets of a run, each read once."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from aullm_dist.config import load
+from aullm_dist.data.clips import ClipStore
+from aullm_dist.data.protocols import Fold, read_folds
+from aullm_dist.errors import UserError
+from aullm_dist.training import context
+from aullm_dist.training.explain import Explained, explain_clips
+from aullm_dist.training.predict import Trained, find_trained
+from aullm_dist.training.retention import list_checkpoints
+from aullm_dist.training.workspace import CONFIG_FILE, ENVIRONMENT_FILE, FOLDS_FILE
+
+
+@dataclass(slots=True)
+class Models:
+    """Loads checkpoints for a report.
+
+    Attributes:
+        datasets: prepared datasets to look at; none takes those of each run.
+        fold: the fold whose checkpoint is looked at; None takes a run's first fold with a checkpoint.
+        overrides: `section.key=value` of `training.predict.CHANGEABLE`.
+    """
+
+    datasets: Sequence[Path] = ()
+    fold: int | None = None
+    overrides: Sequence[str] = ()
+    _accelerator: Accelerator | None = field(default=None, init=False)
+
+    def fold_of(self, run: Path) -> Fold:
+        """Return the fold whose checkpoint is looked at.
+
+        Raises:
+            UserError: no fold has a checkpoint, or the run has no such fold.
+        """
+        folds = read_folds(run / FOLDS_FILE).folds
+        wanted = [fold for fold in folds if self.fold in (None, fold.index)]
+        if not wanted:
+            raise UserError(f"--fold {self.fold}: {run} has the folds 0 to {len(folds) - 1}")
+        for fold in wanted:
+            if list_checkpoints(run / f"fold-{fold.index:02d}" / "checkpoints"):
+                return fold
+        which = "any fold" if self.fold is None else f"fold {self.fold}"
+        raise UserError(f"{run}: there is no checkpoint of {which}; features and pictures of the model need one")
+
+    def store_of(self, run: Path, trained: Trained) -> ClipStore:
+        """Open the clips that a run's model is shown.
+
+        Raises:
+            UserError: they are not there, are of another size, or are not those that the run was trained on.
+        """
+        size = trained.config.data.size
+        if self.datasets:
+            return ClipStore(self.datasets, size)
+        config = load(run / CONFIG_FILE)
+        named = [Path(path) for path in (*config.data.train, *config.data.test)]
+        if named:
+            return _of_the_run(run, [ClipStore(named, size)])
+        # A synthetic corpus lies below the run, perhaps beside those of earlier settings.
+        folders = sorted(path.parent for path in (run / "dataset").glob("*/dataset_info.json"))
+        if not folders:
+            raise UserError(f"{run}/dataset: the run's synthetic corpus is gone; train again, or give --data")
+        return _of_the_run(run, [ClipStore([folder], size) for folder in folders])
+
+    def explain(self, run: Path, fold: Fold, store: ClipStore | None = None) -> tuple[Explained, ClipStore]:
+        """Show the clips of `store`, or those of the run, to the newest valid checkpoint of a fold.
+
+        Raises:
+            UserError: there is none, or checkpoint, LLM or datasets cannot be used.
+        """
+        trained = find_trained(run / f"fold-{fold.index:02d}", self.overrides, 1)
+        store = store or self.store_of(run, trained)
+        if self._accelerator is None:
+            self._accelerator = context.start(trained.config.training)
+        return explain_clips(self._accelerator, trained, store), store
+
+
+def _of_the_run(run: Path, stores: Sequence[ClipStore]) -> ClipStore:
+    file = run / ENVIRONMENT_FILE
+    try:
+        wanted = json.loads(file.read_text(encoding="utf-8")).get("data_sha256")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); give the datasets with --data") from None
+    for store in stores:
+        if store.fingerprint == wanted:
+            return store
+    raise UserError(f"{run}: its datasets changed since it was trained; give those to look at with --data")
