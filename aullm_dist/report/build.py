@@ -75,7 +75,8 @@ def build_report(runs: Sequence[Path], out: Path, models: Models, options: Optio
             write_page(folder, parts, [name for name, _ in names], versions)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); give a writable folder") from error
-    return [f"{part.title}: {text}" for part in parts for section in part.sections for text in section.missing]
+    said = [f"{part.title}: {text}" for part in parts for section in part.sections for text in section.missing]
+    return list(dict.fromkeys(said))
 
 
 def _publish(staging: Path, target: Path) -> None:
@@ -128,7 +129,9 @@ def _run_sections(run: Path, name: str, gallery: Gallery, models: Models, option
     sections.append(attempted(Section("Training curves"), fill))
     if options.models:
         sections += _model_sections(run, baseline, gallery, models, options)
-    sections.append(attempted(Section("Settings and versions"), partial(_settings, run=run)))
+    sections.append(
+        attempted(Section("Settings and versions"), partial(_settings, run=run), partial(_environment, run=run))
+    )
     return sections
 
 
@@ -198,15 +201,16 @@ def _state(section: Section, run: Path) -> None:
     section.paragraphs.append(f"Folds trained to their last step: {len(files) - len(behind)} of {len(plan.folds)}.")
 
 
-def _settings(section: Section, run: Path) -> None:
-    """Add the resolved configuration and what the run says of its machine and libraries."""
+def _environment(section: Section, run: Path) -> None:
+    """Add what the run says of its machine and libraries."""
     file = run / ENVIRONMENT_FILE
-    if file.is_file():
-        try:
-            text = json.dumps(json.loads(file.read_text(encoding="utf-8")), indent=1)
-        except ValueError as error:
-            raise UserError(f"{file}: not JSON ({error})") from None
-        section.listings.append(Listing("Machine, versions, commit and command of the run", text))
-    section.listings.append(
-        Listing("Resolved settings of the run", yaml.safe_dump(to_dict(load(run / CONFIG_FILE)), sort_keys=False))
-    )
+    try:
+        text = json.dumps(json.loads(file.read_text(encoding="utf-8")), indent=1)
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error})") from None
+    section.listings.append(Listing("Machine, versions, commit and command of the run", text))
+
+
+def _settings(section: Section, run: Path) -> None:
+    text = yaml.safe_dump(to_dict(load(run / CONFIG_FILE)), sort_keys=False)
+    section.listings.append(Listing("Resolved settings of the run", text))

@@ -73,4 +73,5 @@ def attempted(section: Section, *fill: Callable[[Section], None]) -> Section:
             section.missing.append(str(error))
         except OSError as error:
             section.missing.append(f"{error.filename or 'file'}: {error.strerror or error}")
+    section.missing = list(dict.fromkeys(section.missing))
     return section
