@@ -12,7 +12,6 @@ from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
-from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -63,8 +62,9 @@ def domain_gap(
     if min(counts.values()) < 2:
         raise UserError(f"corpus {min(counts, key=counts.get)} has clips of one subject; two or more are needed")
     answers = np.empty(len(where), dtype=where.dtype)
-    folds = StratifiedGroupKFold(min(FOLDS, *counts.values()), shuffle=True, random_state=seed)
-    for train, test in folds.split(features, where, who):
+    dealt = _dealt(where, who, min(FOLDS, *counts.values()), seed)
+    for fold in np.unique(dealt):
+        train, test = dealt != fold, dealt == fold
         model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=500))
         with warnings.catch_warnings():
             # Stopped at 500 iterations it is still a classifier that was fitted without the clips it answers.
@@ -74,6 +74,16 @@ def domain_gap(
     accuracy = float(np.mean([right[where == name].mean() for name in names]))
     spread = _interval(right, where, who, names, resamples, seed) if resamples else None
     return Gap(accuracy, spread, 1 / len(names), len(where), sum(counts.values()))
+
+
+def _dealt(where: np.ndarray, who: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Return the fold of each clip `[n]`: the subjects of each corpus are shuffled and dealt, so that every fold has
+    some of each corpus and none is left without one to learn from."""
+    generator, fold_of = np.random.default_rng(seed), {}
+    for name in sorted(set(where.tolist())):
+        people = generator.permutation(sorted(set(who[where == name].tolist())))
+        fold_of |= {person: place % folds for place, person in enumerate(people.tolist())}
+    return np.array([fold_of[person] for person in who.tolist()])
 
 
 def _interval(

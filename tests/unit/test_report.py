@@ -51,6 +51,13 @@ def test_the_gap_cannot_be_told_by_recognising_people():
     assert domain_gap(values, corpora, subjects, resamples=0).balanced_accuracy < 0.8
 
 
+def test_a_corpus_of_two_people_is_always_there_to_learn_from():
+    corpora, subjects = (sum(pair, []) for pair in zip(clips_of(2, 9, ("a",)), clips_of(9, 2, ("b",)), strict=True))
+    values = np.array([[1.0] if name == "a" else [-1.0] for name in corpora])
+    for seed in range(8):
+        assert domain_gap(values, corpora, subjects, resamples=0, seed=seed).balanced_accuracy == 1.0
+
+
 @pytest.mark.parametrize(
     ("subjects", "corpora", "text"), [(6, ("samm",), "one corpus"), (1, ("a", "b"), "one subject")]
 )
