@@ -44,6 +44,7 @@ ARMS = (
     *(name for name in (path.removeprefix("ablation/") for path in shipped_names("ablation")) if name != "full"),
 )
 SIZE, AMPLITUDE, FRAMES = 48, 5.0, (12, 24)
+COST = "cost.json"
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy")
 
 
@@ -63,11 +64,11 @@ def main() -> int:
         config = configuration(options, datasets, llm, arm, seed, side)
         folder = Path(config.training.output)
         folders.append(folder)
-        if problem_of(folder) is None:
+        if problem_of(folder) is None and (folder / COST).is_file():
             continue
         accelerator = accelerator or context.start(config.training)
         train(accelerator, config, signals)
-        cost = json.loads((folder / "cost.json").read_text())["cpu_seconds"]
+        cost = json.loads((folder / COST).read_text())["cpu_seconds"]
         print(f"{number}/{len(wanted)} {folder.relative_to(options.out)}: {cost:.1f} s of CPU", flush=True)
     report(options, folders)
     return 0
@@ -102,9 +103,7 @@ def write_datasets(options: argparse.Namespace) -> dict[tuple[str, str], Path]:
                 corpus=corpus, subjects=options.subjects, clips_per_subject=options.clips, shift=shift,
                 amplitude_percent=AMPLITUDE, balance=1.0, num_frames=FRAMES,
             )  # fmt: skip
-            raw = options.out / "raw" / name
-            if not raw.exists():
-                write_corpus(spec, raw)
+            raw = write_corpus(spec, options.out / "raw" / name)
             prepare(corpus, raw, found[corpus, shift], size=SIZE, num_workers=1)
     return found
 
@@ -154,7 +153,7 @@ def train(accelerator: Accelerator, config: Config, signals: StopSignals) -> Non
     started = time.process_time()
     folder = run(accelerator, config, "resume", summarise, Life(accelerator, config, signals))
     spent = time.process_time() - started
-    cost = folder / "cost.json"
+    cost = folder / COST
     before = json.loads(cost.read_text())["cpu_seconds"] if cost.is_file() else 0.0
     write_json(cost, {"cpu_seconds": before + spent, "commit": commit()})
 
@@ -163,7 +162,7 @@ def report(options: argparse.Namespace, folders: list[Path]) -> None:
     """Print the tables and write what was asked for."""
     result = ablation(folders)
     text = render_blocks(ablation_blocks(result), "text")
-    costs = [json.loads((folder / "cost.json").read_text()) for folder in folders]
+    costs = [json.loads((folder / COST).read_text()) for folder in folders]
     machine = {
         "command": " ".join(["python benchmarks/ablation.py", *sys.argv[1:]]),
         "commit": sorted({cost["commit"] for cost in costs}),
