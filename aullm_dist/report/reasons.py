@@ -43,15 +43,15 @@ def evidence(
     """
     if "evidence" not in clips.steps:
         raise UserError(f"{clips.checkpoint}: this model has no evidence attention")
-    section.paragraphs.append(
-        "Clips were drawn by the seed, not chosen. Colour: share of the attention on a cell, added up over time, the "
-        "strongest of each map in the strongest colour. Attention says where a head looked, not why it answered so."
-    )
     chosen = choose_clips(clips, fold, count, seed)
     shown = ", ".join(sorted({clips.corpora[index] for index in chosen}))
     section.paragraphs.append(
         f"The pictures below are frames of the corpus: {shown}. Those of a licensed corpus may be shown and passed on "
         "only as its licence allows; a report made with --clips 0 has none."
+    )
+    section.paragraphs.append(
+        "Clips were drawn by the seed, not chosen. Colour: share of the attention on a cell, added up over time, the "
+        "strongest of each map in the strongest colour. Attention says where a head looked, not why it answered so."
     )
     frames = frames_of(store, [clips.sample_ids[index] for index in chosen], clips.num_frames)
     for number, (index, views) in enumerate(zip(chosen, frames, strict=True)):
@@ -104,7 +104,9 @@ def _graph_pictures(gallery: Gallery, clips: Explained, key: str) -> list[Pictur
     edges, values = clips.relations.describe(), clips.steps[key].mean(axis=0)
     figure, axes = new_figure(4.6, 4.6)
     image = draw_graph(axes[0, 0], clips.aus, edges, values, title=f"mean {key}")
-    figure.colorbar(image, ax=axes[0, 0], shrink=0.7, label=f"{key} (no unit)")
+    bar = figure.colorbar(image, ax=axes[0, 0], shrink=0.7)
+    bar.set_label(f"{key} (no unit)", fontsize=FONT_POINTS)
+    bar.ax.tick_params(labelsize=FONT_POINTS - 1)
     strongest = max(range(len(edges)), key=lambda edge: abs(values[edge]) if edges[edge][3] else -1.0)
     target, source, kind, _ = edges[strongest]
     caption = f"Mean {key} of each edge of the prior over {len(clips.sample_ids)} clips."
