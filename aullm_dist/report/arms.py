@@ -5,6 +5,7 @@ from typing import Any
 
 from aullm_dist.config import Config, to_dict
 from aullm_dist.model.counterfactual import branching
+from aullm_dist.training.predict import CHANGEABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,13 @@ NAMES: dict[Arm, str] = {
 
 # What makes an arm, where a run lies, and how it is computed: all else must be equal for a difference to be the arm's.
 _FREE = {
-    "model.llm", "model.architecture", "model.evidence", "model.structure", "training.output", "training.processes",
-    "training.strategy", "training.micro_batch", "training.cpu_threads", "training.check_memory",
+    *CHANGEABLE, "model.architecture", "model.evidence", "model.structure", "training.output", "training.check_memory",
     "training.keep_checkpoints", "training.save_every_steps", "training.verify", "training.grace_seconds",
     "training.max_failures", "training.baseline", "data.workers", "data.fold",
-}  # fmt: skip
+} - {"model.llm"}  # fmt: skip
+_OF_THE_LLM = ("model.l", "model.graph", "model.evidence_heads", "model.readout", "model.quantization",
+               "model.activation_checkpointing", "model.training_statistics")  # fmt: skip
+"""Starts of the names of settings that a model without an LLM has no use for."""
 
 
 def arm_of(config: Config) -> Arm:
@@ -75,16 +78,20 @@ def name_of(arm: Arm) -> str:
 def other_differences(full: Config, arm: Config) -> list[str]:
     """Return the settings, such as `training.epochs`, that differ between two runs and make no arm."""
     one, two = (_settings(config) for config in (full, arm))
-    names = [name for name in one if one[name] != two[name]]
-    if arm.model.llm == "none":
-        # There is nothing in a baseline that these could describe.
-        names = [name for name in names if not name.startswith(("model.lora", "model.graph", "model.llm"))]
-        names = [name for name in names if name not in ("model.readout", "model.quantization", "model.compile")]
+    # What one of them draws nothing of, or has no part for, has no meaning there.
+    names = [name for name in one if name in two and one[name] != two[name]]
+    if "none" in (full.model.llm, arm.model.llm):
+        names = [name for name in names if not name.startswith(_OF_THE_LLM)]
     return names
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    groups = to_dict(config)
+    groups, arm = to_dict(config), arm_of(config)
     flat = {f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()}
+    used = {
+        f"counterfactual.{key}"
+        for key in groups["counterfactual"]
+        if key.partition("_")[0] in (*arm.interventions, *(["contradiction"] if arm.crossed else []))
+    }
     skipped = ("counterfactual.", "monitor.")
-    return {name: value for name, value in flat.items() if name not in _FREE and not name.startswith(skipped)}
+    return {name: v for name, v in flat.items() if name not in _FREE and (name in used or not name.startswith(skipped))}

@@ -72,6 +72,23 @@ def test_a_shipped_arm_differs_from_the_full_model_in_nothing_else(name):
     assert not arm.training.baseline
     assert f"ablation/{name}" in find_config(f"ablation/{name}").read_text()
     assert other_differences(full, shipped(name, "training.epochs=7")) == ["training.epochs"]
+    assert other_differences(full, shipped(name, "training.micro_batch=4", "model.packing=false")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "seen"),
+    [
+        ("appearance_only", "counterfactual.appearance_weight=0.1", True),
+        ("appearance_only", "counterfactual.neutral_weight=0.1", False),
+        ("no_it", "counterfactual.contradiction_margin=0.3", False),
+        ("no_mid_level", "counterfactual.contradiction_margin=0.3", True),
+        ("no_it", "model.llm=other", True),
+        ("no_it", "model.lora_rank=4", True),
+        ("led_cnn", "model.lora_rank=4", False),
+    ],
+)
+def test_settings_count_where_both_runs_use_them(name, setting, seen):
+    assert other_differences(shipped("full"), shipped(name, setting)) == ([setting.partition("=")[0]] if seen else [])
 
 
 def test_an_arm_that_is_not_shipped_is_described():
