@@ -48,7 +48,12 @@ def methods(section: Section, run: Path, label: str) -> None:
         floors = [metrics["per_au"][key]["floors"][score] for key in keys]
         body.append(("floor", *map(percent, floors), percent(metrics["floors"][score])))
         section.tables.append(
-            Block((f"{score} per AU, threshold 0.5, in percent",), ("method", *keys, "mean"), tuple(body), ())
+            Block(
+                (f"{score} per AU{'' if score == 'auc' else ', threshold 0.5'}, in percent",),
+                ("method", *keys, "mean"),
+                tuple(body),
+                (),
+            )
         )
 
 
