@@ -1,10 +1,12 @@
 """`aullm-dist report` on a run as training leaves it, on parts of one, and on what is none."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+from pages import browser, look_at
 from PIL import Image
 from training_runs import overrides, train_here
 
@@ -57,6 +59,24 @@ def test_a_run_becomes_a_page_that_stands_alone(run, tmp_path, capsys):
     # One fold of three was trained, on one corpus.
     assert "1 of 3 folds are here" in said.err
     assert "one corpus alone" in said.err
+
+
+@pytest.mark.skipif(
+    not browser() and not os.environ.get("AULLM_REQUIRE_CHROMIUM"),
+    reason="no Chromium to look at the page with (Debian: apt-get install chromium)",
+)
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_browser_shows_the_whole_page_at_any_width(run, tmp_path, width):
+    assert report(run, "--out", tmp_path / "page") == 0
+    seen = look_at(tmp_path / "page" / "index.html", width, tmp_path / "page.png")
+    assert seen["broken"] == ""
+    assert int(seen["width"]) <= width, "nobody scrolls sideways"
+    with Image.open(tmp_path / "page.png") as shot:
+        assert shot.size == (width, int(seen["height"]))
+        # Each quarter of the page shows something.
+        for top in range(0, shot.height, shot.height // 4)[:4]:
+            part = shot.crop((0, top, width, top + shot.height // 4)).convert("L")
+            assert part.getextrema()[0] < 100, f"nothing between {top} and {top + shot.height // 4} pixels"
 
 
 def test_an_unfinished_and_damaged_run_is_shown_as_far_as_it_goes(run, tmp_path, capsys):
