@@ -97,11 +97,16 @@ def write_manifest(folder: Path, *, step: int, world_size: int, facts: Mapping[s
         "tensors": {path.name: tensor_table(path) for path in files if path.suffix == ".safetensors"},
         **facts,
     }
+    write_signed(folder / MANIFEST_NAME, manifest)
+    return manifest
+
+
+def write_signed(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Write a manifest durably, with a hash of its own bytes as the last entry."""
     unsigned = json_bytes({**manifest, "manifest_sha256": _UNSIGNED.decode()})
     signature = hashlib.sha256(unsigned).hexdigest().encode()
     start = _SIGNATURE.search(unsigned).start(1)
-    write_durably(folder / MANIFEST_NAME, unsigned[:start] + signature + unsigned[start + 64 :])
-    return manifest
+    write_durably(path, unsigned[:start] + signature + unsigned[start + 64 :])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -111,10 +116,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         UserError: If the manifest is missing, altered, truncated, or of a format that this version does not read.
     """
     path = folder / MANIFEST_NAME
+    if not path.exists():
+        raise UserError(f"{path}: missing; a folder without it is no complete checkpoint")
+    return read_signed(path, FORMAT_NAME, FORMAT_VERSION)
+
+
+def read_signed(path: Path, format_name: str, format_version: int) -> dict[str, Any]:
+    """Read what `write_signed` wrote, and check its hash of itself and its format.
+
+    Raises:
+        UserError: It cannot be read, is altered or truncated, or is of another or of a newer format.
+    """
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; a folder without it is no complete checkpoint") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     signature = _SIGNATURE.search(content)
@@ -124,12 +138,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if hashlib.sha256(unsigned).hexdigest().encode() != signature.group(1):
         raise UserError(f"{path}: altered (its own hash does not match)")
     manifest = json.loads(content)
-    if manifest.get("format") != FORMAT_NAME:
-        raise UserError(f"{path}: format is {manifest.get('format')!r}; allowed is {FORMAT_NAME!r}")
-    if manifest["format_version"] > FORMAT_VERSION:
+    if manifest.get("format") != format_name:
+        raise UserError(f"{path}: format is {manifest.get('format')!r}; allowed is {format_name!r}")
+    if manifest["format_version"] > format_version:
         raise UserError(
             f"{path}: format_version is {manifest['format_version']}, written by a newer aullm-dist; "
-            f"this one reads up to {FORMAT_VERSION}"
+            f"this one reads up to {format_version}"
         )
     return manifest
 
@@ -157,14 +171,21 @@ def verify_checkpoint(folder: Path | str, mode: VerifyMode = "hash") -> list[str
     if named and int(named.group(1)) != manifest["step"]:
         problems.append(f"{folder}: the folder's name says step {int(named.group(1))}, its manifest {manifest['step']}")
     for name, entry in manifest["files"].items():
-        problem = _file_problem(folder / name, entry, manifest["tensors"].get(name), mode)
+        problem = file_problem(folder / name, entry, manifest["tensors"].get(name), mode)
         if problem:
             problems.append(problem)
     return problems
 
 
-def _file_problem(path: Path, entry: dict[str, Any], table: dict[str, Any] | None, mode: VerifyMode) -> str | None:
-    """Return what is wrong with one listed file, or None."""
+def file_problem(path: Path, entry: dict[str, Any], table: dict[str, Any] | None, mode: VerifyMode) -> str | None:
+    """Return what is wrong with one file that a manifest lists, or None.
+
+    Args:
+        path: The file.
+        entry: Its `size` and `sha256`.
+        table: Its `tensor_table`, None for a file without tensors.
+        mode: As in `verify_checkpoint`.
+    """
     if not path.is_file():
         return f"{path}: missing"
     try:

@@ -1,0 +1,1 @@
+"""Releases: a trained model in a folder that others load, its card, and its verification."""

@@ -1,0 +1,124 @@
+"""What is known of a checkpoint beside its tensors: the run it lies in, its thresholds, and how its clips were made.
+
+A checkpoint that was copied out of its run folder still loads; what only the run knows is then missing, and said to be.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aullm_dist.config import Config
+from aullm_dist.data.prepare import REPORT_NAME
+from aullm_dist.data.protocols import FoldPlan, read_folds
+from aullm_dist.evaluation.evaluate import THRESHOLD_POLICY
+from aullm_dist.evaluation.metrics import HEADLINE_THRESHOLD, probability_of
+from aullm_dist.evaluation.thresholds import choose_thresholds
+from aullm_dist.training.atomic import step_of
+from aullm_dist.training.predictions import find_epochs, pool, read_predictions
+from aullm_dist.training.workspace import FOLDS_FILE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds:
+    """From which probability on an AU counts as active."""
+
+    values: Mapping[int, float]
+    """Probability, 0 to 1, by AU number."""
+    policy: str
+    """How they were chosen, in words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preparation:
+    """How the clips of the training corpora were prepared."""
+
+    corpora: tuple[str, ...]
+    crop: Mapping[str, Any] | None
+    """`{"name": ...}` and whatever settings the preparation recorded with it; None where it is not known, or where the
+    corpora were cropped in different ways."""
+    reports: tuple[Mapping[str, Any], ...]
+    """The preparation reports that were found, in the order of the datasets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The run and fold that a checkpoint lies in."""
+
+    run: Path
+    fold: int
+    plan: FoldPlan
+
+
+def find_home(checkpoint: Path) -> Home | None:
+    """Return where `RUN/fold-NN/checkpoints/step-N` lies, None for a checkpoint that was copied out of its run."""
+    fold = checkpoint.resolve().parent.parent
+    prefix, _, number = fold.name.partition("-")
+    if prefix != "fold" or not number.isdigit() or not (fold.parent / FOLDS_FILE).is_file():
+        return None
+    plan = read_folds(fold.parent / FOLDS_FILE)
+    return Home(fold.parent, int(number), plan) if int(number) < len(plan.folds) else None
+
+
+def choose_release_thresholds(checkpoint: Path, aus: Sequence[int], home: Home | None) -> Thresholds:
+    """Return the thresholds of one checkpoint: chosen on its fold's inner subjects, else 0.5 and why.
+
+    Only answers that this very checkpoint gave count: those of another step are another model's.
+    """
+    fixed = dict.fromkeys(aus, HEADLINE_THRESHOLD)
+    rule = f"fixed {HEADLINE_THRESHOLD} on sigmoid(logit)"
+    if home is None:
+        return Thresholds(values=fixed, policy=f"{rule}: the checkpoint lies in no run folder")
+    step = step_of(checkpoint.name)
+    files = (read_predictions(path) for _, path in sorted(find_epochs(home.run, home.fold).items(), reverse=True))
+    match = next((file for file in files if file.step == step and file.aus == tuple(aus)), None)
+    if match is None:
+        return Thresholds(values=fixed, policy=f"{rule}: no stored answers of step {step} to choose by")
+    rows = [row for row in match.rows if row.role == "inner"]
+    if not rows:
+        return Thresholds(values=fixed, policy=f"{rule}: the fold has no inner held-out subjects")
+    inner = pool(rows)
+    chosen = probability_of(choose_thresholds(inner.labels, inner.logits))
+    subjects = len(set(inner.subjects))
+    return Thresholds(
+        values=dict(zip(aus, chosen.tolist(), strict=True)),
+        policy=f"{THRESHOLD_POLICY} ({len(rows)} clips of {subjects} subjects)",
+    )
+
+
+def find_preparation(config: Config, home: Home | None) -> Preparation:
+    """Return how the training clips were prepared, from the reports of the datasets that are still there."""
+    folders = [Path(folder) for folder in config.data.train]
+    if not folders and home is not None:
+        # A synthetic corpus lies below the run that generated it.
+        folders = sorted((home.run / "dataset").glob("*"))
+    reports = [_read_report(folder) for folder in folders]
+    found = [report for report in reports if report is not None]
+    crops = [_crop_of(report) for report in found]
+    same = bool(found) and len(found) == len(reports) and all(crop == crops[0] for crop in crops)
+    return Preparation(
+        corpora=_training_corpora(found, home),
+        crop=crops[0] if same else None,
+        reports=tuple(found),
+    )
+
+
+def _training_corpora(reports: Sequence[Mapping[str, Any]], home: Home | None) -> tuple[str, ...]:
+    """A run knows which clips this fold trained on; without it, the datasets say what they hold."""
+    if home is not None:
+        fold = home.plan.folds[home.fold]
+        return tuple(sorted({sample_id.partition("/")[0] for sample_id in fold.train}))
+    return tuple(sorted({str(report["corpus"]) for report in reports}))
+
+
+def _read_report(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _crop_of(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    crop = report.get("crop")
+    return {"name": crop} if isinstance(crop, str) else crop
