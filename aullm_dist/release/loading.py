@@ -10,7 +10,6 @@ from torch import nn
 
 from aullm_dist.config import Config
 from aullm_dist.errors import UserError
-from aullm_dist.release.layout import is_release
 from aullm_dist.release.origin import Thresholds, choose_release_thresholds, find_home, find_preparation
 from aullm_dist.training.build import build_model
 from aullm_dist.training.checkpoint import read_checkpoint
