@@ -2,9 +2,21 @@
 
 import importlib
 
+from aullm_dist.post_import import when_imported
+
 __version__ = "0.1.0"
 
 __all__ = ["Release", "__version__", "load"]
+
+# Releases load by `AutoConfig` and `AutoModel`. Registering them here and now would import transformers and torch,
+# seconds that every `--help` would take; so it is done when somebody imports the tables that they are registered in.
+_AUTO = "aullm_dist.release.auto"
+when_imported(
+    "transformers.models.auto.configuration_auto", lambda module: importlib.import_module(_AUTO).register_config(module)
+)
+when_imported(
+    "transformers.models.auto.modeling_auto", lambda module: importlib.import_module(_AUTO).register_model(module)
+)
 
 _LAZY = {"Release": "aullm_dist.release.loading", "load": "aullm_dist.release.loading"}
 

@@ -48,6 +48,11 @@ def is_release(folder: Path) -> bool:
     return (folder / RELEASE_FILE).is_file()
 
 
+def table_of(folder: Path) -> dict[str, Any]:
+    """Return the `tensor_table` of every safetensors file of a release, by its path inside the folder."""
+    return {path.relative_to(folder).as_posix(): tensor_table(path) for path in sorted(folder.rglob("*.safetensors"))}
+
+
 def write_release_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Describe every file that `folder` holds, force all to disk, and write RELEASE.json last.
 
@@ -66,7 +71,7 @@ def write_release_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
         "format_version": FORMAT_VERSION,
         "versions": library_versions(),
         "files": {name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for name, path in paths.items()},
-        "tensors": {name: tensor_table(path) for name, path in paths.items() if path.suffix == ".safetensors"},
+        "tensors": table_of(folder),
         **facts,
     }
     write_signed(folder / RELEASE_FILE, manifest)

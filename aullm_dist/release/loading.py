@@ -1,19 +1,33 @@
 """A trained model in memory: from a release folder, or straight from a checkpoint."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from aullm_dist.config import Config
+from aullm_dist.config import Config, from_dict
 from aullm_dist.errors import UserError
+from aullm_dist.model.prompt import Prompt
+from aullm_dist.release.layout import (
+    ADAPTER_FOLDER,
+    CONFIG_FILE,
+    LLM_FOLDER,
+    RELEASE_FILE,
+    check_files,
+    is_release,
+    read_release_manifest,
+)
 from aullm_dist.release.origin import Thresholds, choose_release_thresholds, find_home, find_preparation
-from aullm_dist.training.build import build_model
-from aullm_dist.training.checkpoint import read_checkpoint
+from aullm_dist.training.build import BuiltModel, build_model
+from aullm_dist.training.checkpoint import SavedState, read_checkpoint
+from aullm_dist.training.compare import refuse_other_model
 from aullm_dist.training.predict import find_trained
+from aullm_dist.training.tensor_plan import ADAPTER_FILE, MODULES_FILE, plan_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +59,13 @@ class Release:
     device: torch.device
 
 
-def load(path: str | Path, *, device: str | torch.device | None = None, llm: str | None = None) -> Release:
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    llm: str | None = None,
+    trust_remote_code: bool = False,
+) -> Release:
     """Load a release folder, a checkpoint, or the newest valid checkpoint of a fold, in evaluation mode.
 
     Args:
@@ -53,23 +73,126 @@ def load(path: str | Path, *, device: str | torch.device | None = None, llm: str
         device: where the model goes; None takes the GPU if there is one.
         llm: folder or Hugging Face name of the base LLM, where it is no longer found at its recorded place. A merged
             release holds its own.
+        trust_remote_code: run model code that ships with the base LLM of a release; a release cannot ask for it. A
+            checkpoint does what its run was set to do.
 
     Raises:
         UserError: there is no such folder, a file of it is missing or altered, or the LLM is not the one that the
             adapter was trained on.
     """
     folder = Path(path).expanduser()
+    target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; allowed: a release, a checkpoint or a fold of a run")
-    target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if is_release(folder):
+        manifest = read_release_manifest(folder)
+        check_files(folder, manifest, every_byte=False)
+        return load_unchecked(folder, target, manifest["tensors"], llm=llm, trust_remote_code=trust_remote_code)
+    if (folder / CONFIG_FILE).is_file():
+        raise UserError(f"{folder}: {RELEASE_FILE} is missing; allowed: a folder that aullm-dist merge wrote, whole")
     return _load_checkpoint(folder, target, llm)
+
+
+def load_unchecked(
+    folder: Path,
+    device: torch.device,
+    tensors: Mapping[str, Any],
+    *,
+    llm: str | None = None,
+    trust_remote_code: bool = False,
+) -> Release:
+    """Load a release folder whose files are known to be right, as `load` does.
+
+    Args:
+        folder: the release.
+        device: where the model goes.
+        tensors: `tensor_table` of its files by name.
+        llm: see `load`.
+        trust_remote_code: see `load`.
+    """
+    described = json.loads((folder / CONFIG_FILE).read_bytes())
+    config = _settings(folder, described, llm, trust_remote_code)
+    built = _build(config, tuple(described["aus"]))
+    files = {ADAPTER_FILE: f"{ADAPTER_FOLDER}/{ADAPTER_FILE}", MODULES_FILE: MODULES_FILE}
+    plan = plan_tensors(built.model)
+    refuse_other_model(
+        folder,
+        {"tensors": {name: tensors.get(path, {}) for name, path in files.items()}, "base": described["base"]},
+        plan,
+        saved_config=described["function"],
+        model_config=built.model_config,
+        base=built.base if described["format"] == "adapter" else None,
+        saved_adapter=None,
+        adapter_config=None,
+        with_optimizer=False,
+        what="release",
+    )
+    _refuse_other_tokens(folder, described["prompt"], built)
+    values = {name: load_file(folder / path) for name, path in files.items() if path in tensors}
+    SavedState({}, plan, {item.name: values[item.file][item.key] for item in plan}, {}).apply()
+    preprocessing = described["preprocessing"]
+    return Release(
+        path=folder,
+        format=described["format"],
+        model=built.model.to(device).eval(),
+        aus=tuple(described["aus"]),
+        thresholds=Thresholds(
+            values={au: described["thresholds"][f"AU{au}"] for au in described["aus"]},
+            policy=described["threshold_policy"],
+        ),
+        num_frames=preprocessing["num_frames"],
+        size=preprocessing["size"],
+        crop=preprocessing["crop"],
+        corpora=tuple(described["corpora"]),
+        config=config,
+        device=device,
+    )
+
+
+def prompt_facts(prompt: Prompt) -> dict[str, Any]:
+    """Return the prompt as a release records it: for people, and as the token ids that the model was trained with."""
+    return {
+        "text": prompt.text,
+        "prefix_ids": list(prompt.prefix_ids),
+        "structure_ids": list(prompt.structure_ids),
+        "question_ids": list(prompt.question_ids),
+    }
+
+
+def _refuse_other_tokens(folder: Path, recorded: Mapping[str, Any], built: BuiltModel) -> None:
+    """A tokenizer that was changed on the Hub would alter every answer in silence."""
+    found = prompt_facts(built.model.reasoner.prompt)
+    if found != recorded:
+        key = next(key for key in recorded if found[key] != recorded[key])
+        raise UserError(f"{folder}: the LLM's tokenizer gives other {key} than it did in training; use that tokenizer")
+
+
+def _settings(folder: Path, described: Mapping[str, Any], llm: str | None, trust_remote_code: bool) -> Config:
+    """Return the settings that the release's model is built from, with the LLM in its place."""
+    config = from_dict(described["settings"], f"{folder / CONFIG_FILE}: settings")
+    config.model.trust_remote_code = trust_remote_code
+    if described["format"] == "merged":
+        if llm is not None:
+            raise UserError(f"{folder}: is a merged release, which holds its LLM; leave out the LLM {llm}")
+        config.model.llm = str(folder / LLM_FOLDER)
+        return config
+    name = described["base"]["name"]
+    if llm is None and Path(name).is_absolute() and not Path(name).exists():
+        raise UserError(f"{folder}: its base LLM is not at {name}; say where it is with --llm, or load(..., llm=...)")
+    config.model.llm = name if llm is None else llm
+    return config
+
+
+def _build(config: Config, aus: tuple[int, ...]) -> BuiltModel:
+    """Build a model and leave torch's generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return build_model(config, aus, config.model.llm)
 
 
 def _load_checkpoint(path: Path, device: torch.device, llm: str | None) -> Release:
     trained = find_trained(path, [f"model.llm={llm}"] if llm is not None else [], processes=1)
     config = trained.config
-    with torch.random.fork_rng(devices=[]):
-        built = build_model(config, trained.aus, config.model.llm)
+    built = _build(config, trained.aus)
     saved = read_checkpoint(
         trained.folder, built.model, with_optimizer=False, model_config=built.model_config, base=built.base
     )

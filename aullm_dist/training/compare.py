@@ -40,6 +40,7 @@ def refuse_other_model(
     saved_adapter: Mapping[str, Any] | None,
     adapter_config: Mapping[str, Any] | None,
     with_optimizer: bool,
+    what: str = "checkpoint",
 ) -> None:
     """Raise if the checkpoint's model is not the one it is to be loaded into.
 
@@ -53,6 +54,7 @@ def refuse_other_model(
         saved_adapter: The checkpoint's adapter_config.json, None if it has none.
         adapter_config: This model's, None if it has no adapter.
         with_optimizer: Whether optimizer state is wanted too, which asks for the same trainables.
+        what: What the message calls the folder.
 
     Raises:
         UserError: Naming the first differences, each with what was found and what is expected.
@@ -71,7 +73,7 @@ def refuse_other_model(
     if with_optimizer:
         differences += _trainable_differences(manifest, plan)
     if differences:
-        raise UserError(f"checkpoint {folder} is of another model: {listing(differences)}")
+        raise UserError(f"{what} {folder} is of another model: {listing(differences)}")
 
 
 def _aus_first(key: str) -> tuple[bool, str]:

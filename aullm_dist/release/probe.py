@@ -1,0 +1,74 @@
+"""Clips of a fixed formula and the answers to them: what an export records and a verification must find again.
+
+They show no face and come from no corpus, so they may go wherever the release goes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from aullm_dist.release.layout import PROBE_FILE
+
+NUM_CLIPS = 4
+TOLERANCES: Mapping[str, float] = {"float32": 1e-3, "bfloat16": 5e-2}
+"""Largest accepted difference of a logit by the dtype of the LLM's arithmetic; docs/release.md says where from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Recorded answers: clips `[n, T, H, W]` uint8 and their logits `[n, A]` float32."""
+
+    clips: Tensor
+    logits: Tensor
+
+
+def probe_clips(num_frames: int, size: int) -> Tensor:
+    """Return gray clips `[NUM_CLIPS, num_frames, size, size]` uint8 of drifting bands (ours).
+
+    Clip c drifts by 7 c gray values per frame; clip 0 stands still. All arithmetic is in integers, so that every
+    machine makes the same clips.
+    """
+    clip, frame, row, column = torch.meshgrid(
+        *(torch.arange(length) for length in (NUM_CLIPS, num_frames, size, size)), indexing="ij"
+    )
+    wave = (3 * row + 5 * column + 7 * clip * frame + 31 * clip) % 254
+    return (64 + (wave - 127).abs()).to(torch.uint8)
+
+
+def answer_probe(model: nn.Module, clips: Tensor) -> Tensor:
+    """Return a model's logits `[n, A]` float32 on the CPU for clips `[n, T, H, W]` uint8."""
+    device = next(model.parameters()).device
+    return model.explain(clips.to(device).float() / 255.0).logits.cpu().contiguous()
+
+
+def write_probe(folder: Path, probe: Probe) -> None:
+    """Write probe.safetensors."""
+    path = folder / PROBE_FILE
+    # safetensors makes files that the owner alone can read; a release is for others.
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({"clips": probe.clips, "logits": probe.logits}, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def read_probe(folder: Path) -> Probe:
+    """Read what `write_probe` wrote."""
+    tensors = load_file(folder / PROBE_FILE)
+    return Probe(clips=tensors["clips"], logits=tensors["logits"])
+
+
+def tolerance_of(precision: str) -> tuple[str, float]:
+    """Return the dtype of a run's arithmetic by its `training.precision`, and the tolerance for it."""
+    dtype = "bfloat16" if precision == "bf16" else "float32"
+    return dtype, TOLERANCES[dtype]
+
+
+def probe_facts(precision: str, device: torch.device) -> dict[str, Any]:
+    """Return what a manifest says of recorded answers."""
+    dtype, tolerance = tolerance_of(precision)
+    return {"dtype": dtype, "tolerance": tolerance, "device": device.type, "torch": torch.__version__}
