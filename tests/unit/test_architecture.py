@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "aullm_dist"
 # A module may import only lower ranks; modules of one rank may import each other only inside their own package.
 RANKS = {
-    "": 0, "errors": 0, "files": 0, "log": 0, "facs": 0, "configs": 0, "post_import": 0,
+    "post_import": -1,
+    "": 0, "errors": 0, "files": 0, "log": 0, "facs": 0, "configs": 0,
     "config": 1, "endings": 1, "signals": 1, "slurm": 1,
     "data": 2, "model": 2,
     "planning": 3, "figures": 3,
