@@ -12,6 +12,7 @@ from typing import Any
 from aullm_dist.config import Config
 from aullm_dist.data.prepare import REPORT_NAME
 from aullm_dist.data.protocols import FoldPlan, read_folds
+from aullm_dist.data.synthetic.layouts import SPEC_FILE
 from aullm_dist.evaluation.evaluate import THRESHOLD_POLICY
 from aullm_dist.evaluation.metrics import HEADLINE_THRESHOLD, probability_of
 from aullm_dist.evaluation.thresholds import choose_thresholds
@@ -38,8 +39,10 @@ class Preparation:
     crop: Mapping[str, Any] | None
     """`{"name": ...}` and whatever settings the preparation recorded with it; None where it is not known, or where the
     corpora were cropped in different ways."""
-    reports: tuple[Mapping[str, Any], ...]
-    """The preparation reports that were found, in the order of the datasets."""
+    folders: tuple[Path, ...]
+    """The training datasets that are still there."""
+    synthetic: bool
+    """Whether a corpus among them is known to be drawn by `aullm-dist synthesize`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +83,9 @@ def choose_release_thresholds(checkpoint: Path, aus: Sequence[int], home: Home |
         return Thresholds(values=fixed, policy=f"{rule}: the fold has no inner held-out subjects")
     inner = pool(rows)
     chosen = probability_of(choose_thresholds(inner.labels, inner.logits))
-    subjects = len(set(inner.subjects))
     return Thresholds(
         values=dict(zip(aus, chosen.tolist(), strict=True)),
-        policy=f"{THRESHOLD_POLICY} ({len(rows)} clips of {subjects} subjects)",
+        policy=f"{THRESHOLD_POLICY} ({len(rows)} clips, subjects {', '.join(sorted(set(inner.subjects)))})",
     )
 
 
@@ -93,14 +95,15 @@ def find_preparation(config: Config, home: Home | None) -> Preparation:
     if not folders and home is not None:
         # A synthetic corpus lies below the run that generated it.
         folders = sorted((home.run / "dataset").glob("*"))
-    reports = [_read_report(folder) for folder in folders]
-    found = [report for report in reports if report is not None]
-    crops = [_crop_of(report) for report in found]
-    same = bool(found) and len(found) == len(reports) and all(crop == crops[0] for crop in crops)
+    found = {folder: report for folder in folders if (report := _read_report(folder)) is not None}
+    crops = [_crop_of(report) for report in found.values()]
+    same = bool(found) and len(found) == len(folders) and all(crop == crops[0] for crop in crops)
+    drawn = [(Path(report.get("root", "")) / SPEC_FILE).is_file() for report in found.values()]
     return Preparation(
-        corpora=_training_corpora(found, home),
+        corpora=_training_corpora(list(found.values()), home),
         crop=crops[0] if same else None,
-        reports=tuple(found),
+        folders=tuple(found),
+        synthetic=not config.data.train or any(drawn),
     )
 
 

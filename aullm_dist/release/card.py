@@ -1,0 +1,217 @@
+"""The model card and CITATION.cff of a release, written from what its run recorded."""
+
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined
+
+from aullm_dist.evaluation.tables import METRICS, render
+from aullm_dist.facs import au_name
+from aullm_dist.release.facts import Base, Scores, TrainingClips, corpus_title
+from aullm_dist.release.layout import Format
+from aullm_dist.release.loading import Release
+
+TASK = "video-classification"
+_METRIC_TYPES = {"f1_binary": "f1", "f1_macro": "f1", "auc": "roc_auc"}
+_MAKERS = {
+    "casme": "Institute of Psychology, Chinese Academy of Sciences",
+    "casme2": "Institute of Psychology, Chinese Academy of Sciences",
+    "casme3a": "Institute of Psychology, Chinese Academy of Sciences",
+    "casme3c": "Institute of Psychology, Chinese Academy of Sciences",
+    "samm": "Manchester Metropolitan University",
+    "4dme": "University of Oulu, Center for Machine Vision and Signal Analysis",
+    "mmew": "its makers, by the licence form on dpailab.com",
+}
+_PAPER = {
+    "type": "article",
+    "title": "AULLM++: Structural Reasoning with Large Language Models for Micro-Expression Recognition",
+    "authors": [
+        {"family-names": family, "given-names": given}
+        for family, given in (
+            ("Liu", "Zhishu"), ("Yuan", "Kaishen"), ("Zhao", "Bo"), ("Ma", "Hui"), ("Yu", "Zitong"),
+        )
+    ],
+    "year": 2026,
+    "url": "https://arxiv.org/abs/2603.08387",
+}  # fmt: skip
+
+
+def card_text(
+    release: Release,
+    *,
+    folder: str,
+    format: Format,
+    base: Base,
+    synthetic: bool,
+    counts: Sequence[TrainingClips],
+    scores: Scores,
+    scores_preface: str,
+    training: Mapping[str, str],
+    versions: Mapping[str, str],
+    commit: str | None,
+) -> str:
+    """Return the model card: metadata of the Hugging Face Hub, then text for people.
+
+    Args:
+        release: the trained model.
+        folder: name of the release folder, for the examples.
+        format: of the release.
+        base: the LLM.
+        synthetic: whether the faces that it was trained on are drawn.
+        counts: training clips per corpus; empty where they are not known.
+        scores: held-out scores.
+        scores_preface: which models these are the scores of.
+        training: rows of the table of training.
+        versions: library versions of the run.
+        commit: of aullm-dist at the run, None where it is not known.
+    """
+    title = release_title(release, base, synthetic)
+    data = ModelCardData(
+        model_name=title,
+        library_name="aullm-dist",
+        pipeline_tag=TASK,
+        license="other",
+        license_name="base-and-corpora",
+        license_link="README.md",
+        tags=["facial-action-units", "facs", "micro-expressions", "aullm", format],
+        base_model=base.hub_name,
+        base_model_relation=_relation(format) if base.hub_name else None,
+        metrics=sorted(set(_METRIC_TYPES.values())) if scores.metrics else None,
+        eval_results=_eval_results(scores.metrics, synthetic) if scores.metrics else None,
+        ignore_metadata_errors=False,
+    )
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    template = environment.from_string(files("aullm_dist.release").joinpath("card.md.jinja").read_text("utf-8"))
+    text = template.render(
+        title=title,
+        folder=folder,
+        format=format,
+        base=base,
+        adapted=release.config.model.lora_rank > 0,
+        synthetic=synthetic,
+        num_frames=release.num_frames,
+        size=release.size,
+        crop=_crop_text(release.crop),
+        thresholds=_table(
+            ("AU", "threshold"), [(au_name(au), f"{release.thresholds.values[au]:.3f}") for au in release.aus]
+        ),
+        threshold_policy=release.thresholds.policy,
+        training=_table(("", ""), [("base LLM", base.title), *training.items()]),
+        counts=_counts_table(counts, release.aus),
+        corpora=", ".join(map(corpus_title, release.corpora)),
+        tables=render(scores.metrics, "markdown").rstrip() if scores.metrics else "",
+        scores_preface=scores_preface,
+        scores_missing=scores.missing,
+        people=_people(counts),
+        base_licence=base.licence or "not recorded; see its makers",
+        corpus_licences=[] if synthetic else [_corpus_licence(name) for name in release.corpora],
+        versions=", ".join(f"{name} {number}" for name, number in versions.items()),
+        commit=f"Commit {commit}." if commit else "",
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def release_title(release: Release, base: Base, synthetic: bool) -> str:
+    """Return what the release is called: `AULLM++ on Qwen3-8B, CASME II`."""
+    corpora = ", ".join(map(corpus_title, release.corpora)) or "unknown corpora"
+    drawn = "drawn faces like " if synthetic else ""
+    return f"AULLM++ on {base.title.rpartition('/')[2]}, {drawn}{corpora}"
+
+
+def citation_text(title: str, base: Base, corpora: Sequence[str], authors: Sequence[str], date: datetime.date) -> str:
+    """Return CITATION.cff (Citation File Format 1.2.0).
+
+    Args:
+        title: of the release.
+        base: the LLM.
+        corpora: names of the corpora.
+        authors: names of people or groups; empty names nobody, as nothing here knows who they are.
+        date: of the release.
+    """
+    also = ", ".join([base.title, *map(corpus_title, corpora)])
+    content = {
+        "cff-version": "1.2.0",
+        "message": f"If you use this release, please cite it, the paper of AULLM++, and what it stands on: {also}.",
+        "type": "software",
+        "title": title,
+        "authors": [{"name": name} for name in authors or ["The authors of this release"]],
+        "date-released": date,
+        "keywords": ["micro-expressions", "facial action units", "FACS"],
+        "references": [_PAPER],
+    }
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _relation(format: Format) -> str:
+    return "adapter" if format == "adapter" else "finetune"
+
+
+def _eval_results(metrics: Mapping[str, Any], synthetic: bool) -> list[EvalResult]:
+    """Return the means over AUs in the form of the Hub's model index, in fractions."""
+    where = metrics["direction"] or ", ".join(map(corpus_title, metrics["corpora"]))
+    drawn = "drawn faces in the layout of " if synthetic else ""
+    results = []
+    for name in METRICS:
+        value = metrics["mean"][name]
+        if value is None:
+            continue
+        interval = metrics["ci"]["mean"][name] if metrics["ci"] else None
+        results.append(
+            EvalResult(
+                task_type=TASK,
+                task_name="AU detection in micro-expression clips",
+                dataset_type="-".join(metrics["corpora"]),
+                dataset_name=f"{drawn}{where}, held-out subjects of protocol {metrics['protocol']}",
+                metric_type=_METRIC_TYPES[name],
+                metric_name=f"{name}, mean over {len(metrics['aus'])} AUs, threshold {metrics['threshold']}",
+                metric_value=round(value, 4),
+                metric_args={
+                    "floor": round(metrics["floors"][name], 4),
+                    "ci95": None if interval is None else [round(end, 4) for end in interval],
+                },
+            )
+        )
+    return results
+
+
+def _crop_text(crop: Mapping[str, Any] | None) -> str:
+    if crop is None:
+        return "not recorded, or not the same for all corpora"
+    settings = ", ".join(f"{key} {value}" for key, value in crop.items() if key != "name")
+    return f"`{crop.get('name', 'none')}`" + (f" ({settings})" if settings else "")
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table, its columns but the first to the right where the header names them."""
+    rule = ["---", *("---:" if name else "---" for name in header[1:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+
+
+def _counts_table(counts: Sequence[TrainingClips], aus: Sequence[int]) -> str:
+    header = ("corpus", "clips", "subjects", *(f"AU{au}" for au in aus))
+    rows = [
+        (corpus_title(row.corpus), *map(str, (row.clips, row.subjects, *(row.positives[au] for au in aus))))
+        for row in counts
+    ]
+    return _table(header, rows) if rows else ""
+
+
+def _people(counts: Sequence[TrainingClips]) -> str:
+    if not counts:
+        return "The corpora of this field hold some hundred clips of a few dozen people."
+    return (
+        f"It was trained on {sum(row.clips for row in counts)} clips of {sum(row.subjects for row in counts)} people."
+    )
+
+
+def _corpus_licence(name: str) -> str:
+    return (
+        f"{corpus_title(name)}: of {_MAKERS.get(name, 'its makers')}, who give it to research groups that sign for it; "
+        "read what you signed."
+    )
