@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -13,7 +14,7 @@ from aullm_dist.evaluation.tables import METRICS, render
 from aullm_dist.facs import au_name
 from aullm_dist.release.facts import Base, Scores, TrainingClips, corpus_title
 from aullm_dist.release.layout import Format
-from aullm_dist.release.loading import Release
+from aullm_dist.release.origin import Origin
 
 TASK = "video-classification"
 _METRIC_TYPES = {"f1_binary": "f1", "f1_macro": "f1", "auc": "roc_auc"}
@@ -40,36 +41,39 @@ _PAPER = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardFacts:
+    """What the card says of the run."""
+
+    format: Format
+    base: Base
+    counts: Sequence[TrainingClips]
+    """Training clips per corpus; empty where they are not known."""
+    scores: Scores
+    scores_preface: str
+    """Which models these are the scores of."""
+    training: Mapping[str, str]
+    """Rows of the table of training."""
+    commit: str | None
+    """Of aullm-dist at the run, None where it is not known."""
+
+
 def card_text(
-    release: Release,
-    *,
-    folder: str,
-    format: Format,
-    base: Base,
-    synthetic: bool,
-    counts: Sequence[TrainingClips],
-    scores: Scores,
-    scores_preface: str,
-    training: Mapping[str, str],
-    versions: Mapping[str, str],
-    commit: str | None,
+    origin: Origin, facts: CardFacts, *, folder: str, merge_note: str | None = None, difference: float | None = None
 ) -> str:
     """Return the model card: metadata of the Hugging Face Hub, then text for people.
 
     Args:
-        release: the trained model.
+        origin: the checkpoint.
+        facts: of its run.
         folder: name of the release folder, for the examples.
-        format: of the release.
-        base: the LLM.
-        synthetic: whether the faces that it was trained on are drawn.
-        counts: training clips per corpus; empty where they are not known.
-        scores: held-out scores.
-        scores_preface: which models these are the scores of.
-        training: rows of the table of training.
-        versions: library versions of the run.
-        commit: of aullm-dist at the run, None where it is not known.
+        merge_note: what the merge says of itself.
+        difference: largest difference of a logit between the merged and the trained model on the probe clips.
     """
-    title = release_title(release, base, synthetic)
+    base, scores, aus = facts.base, facts.scores, origin.aus
+    corpora, synthetic = origin.preparation.corpora, origin.preparation.synthetic
+    config, thresholds = origin.config, origin.thresholds
+    title = release_title(origin, base)
     data = ModelCardData(
         model_name=title,
         library_name="aullm-dist",
@@ -77,9 +81,9 @@ def card_text(
         license="other",
         license_name="base-and-corpora",
         license_link="README.md",
-        tags=["facial-action-units", "facs", "micro-expressions", "aullm", format],
+        tags=["facial-action-units", "facs", "micro-expressions", "aullm", facts.format],
         base_model=base.hub_name,
-        base_model_relation=_relation(format) if base.hub_name else None,
+        base_model_relation=_relation(facts.format) if base.hub_name else None,
         metrics=sorted(set(_METRIC_TYPES.values())) if scores.metrics else None,
         eval_results=_eval_results(scores.metrics, synthetic) if scores.metrics else None,
         ignore_metadata_errors=False,
@@ -91,36 +95,36 @@ def card_text(
     text = template.render(
         title=title,
         folder=folder,
-        format=format,
+        format=facts.format,
         base=base,
-        adapted=release.config.model.lora_rank > 0,
+        adapted=config.model.lora_rank > 0,
+        merge_note=merge_note,
+        difference=None if difference is None else f"{difference:.1e}",
         synthetic=synthetic,
-        num_frames=release.num_frames,
-        size=release.size,
-        crop=_crop_text(release.crop),
-        thresholds=_table(
-            ("AU", "threshold"), [(au_name(au), f"{release.thresholds.values[au]:.3f}") for au in release.aus]
-        ),
-        threshold_policy=release.thresholds.policy,
-        training=_table(("", ""), [("base LLM", base.title), *training.items()]),
-        counts=_counts_table(counts, release.aus),
-        corpora=", ".join(map(corpus_title, release.corpora)),
+        num_frames=config.data.num_frames,
+        size=config.data.size,
+        crop=_crop_text(origin.preparation.crop),
+        thresholds=_table(("AU", "threshold"), [(au_name(au), f"{thresholds.values[au]:.3f}") for au in aus]),
+        threshold_policy=thresholds.policy,
+        training=_table(("", ""), [("base LLM", base.title), *facts.training.items()]),
+        counts=_counts_table(facts.counts, aus),
+        corpora=", ".join(map(corpus_title, corpora)),
         tables=render(scores.metrics, "markdown").rstrip() if scores.metrics else "",
-        scores_preface=scores_preface,
+        scores_preface=facts.scores_preface,
         scores_missing=scores.missing,
-        people=_people(counts),
+        people=_people(facts.counts),
         base_licence=base.licence or "not recorded; see its makers",
-        corpus_licences=[] if synthetic else [_corpus_licence(name) for name in release.corpora],
-        versions=", ".join(f"{name} {number}" for name, number in versions.items()),
-        commit=f"Commit {commit}." if commit else "",
+        corpus_licences=[] if synthetic else [_corpus_licence(name) for name in corpora],
+        versions=", ".join(f"{name} {number}" for name, number in origin.manifest["versions"].items()),
+        commit=f"Commit {facts.commit}." if facts.commit else "",
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
 
 
-def release_title(release: Release, base: Base, synthetic: bool) -> str:
+def release_title(origin: Origin, base: Base) -> str:
     """Return what the release is called: `AULLM++ on Qwen3-8B, CASME II`."""
-    corpora = ", ".join(map(corpus_title, release.corpora)) or "unknown corpora"
-    drawn = "drawn faces like " if synthetic else ""
+    corpora = ", ".join(map(corpus_title, origin.preparation.corpora)) or "unknown corpora"
+    drawn = "drawn faces like " if origin.preparation.synthetic else ""
     return f"AULLM++ on {base.title.rpartition('/')[2]}, {drawn}{corpora}"
 
 

@@ -10,13 +10,12 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 
-from aullm_dist.config import Config
 from aullm_dist.data.clips import read_samples
 from aullm_dist.data.corpora import CORPORA
 from aullm_dist.data.protocols import SampleInfo
 from aullm_dist.errors import UserError
 from aullm_dist.evaluation.evaluate import score_run
-from aullm_dist.release.origin import Home, Preparation
+from aullm_dist.release.origin import Home, Origin, Preparation
 from aullm_dist.training.workspace import ENVIRONMENT_FILE
 
 TINY_RECIPE = "tiny_backbone.json"
@@ -120,25 +119,29 @@ def commit_of(home: Home | None) -> str | None:
         return None
 
 
-def training_lines(config: Config, manifest: Mapping[str, Any], home: Home | None) -> dict[str, str]:
+def training_rows(origin: Origin) -> dict[str, str]:
     """Return how the model was trained, as rows of a table."""
-    model, training = config.model, config.training
-    rows = {
-        "quantisation of the base": "NF4, double quantisation" if model.quantization == "nf4" else "none",
-        "LoRA": f"rank {model.lora_rank}, alpha {model.lora_alpha:g}, on {', '.join(model.lora_targets)}",
-        "read-out": model.readout,
-        "precision": training.precision,
-        "seed": str(training.seed),
-        "steps": f"{manifest['step']} of {training.global_batch} clips",
-        "CCR": "on" if config.counterfactual.enabled else "off",
-    }
-    if model.lora_rank == 0:
-        rows["LoRA"] = "none"
+    model, training, home = origin.config.model, origin.config.training, origin.home
+    rows = {}
     if home is not None:
         fold = home.plan.folds[home.fold]
         rows = {
             "protocol": f"{home.plan.protocol}, fold {fold.index} of {len(home.plan.folds)} ({fold.name})",
             "clips": f"{len(fold.train)} trained on, {len(fold.inner)} inner held-out, {len(fold.test)} tested",
-            **rows,
         }
-    return rows
+    lora = f"rank {model.lora_rank}, alpha {model.lora_alpha:g}, on {', '.join(model.lora_targets)}"
+    return {
+        **rows,
+        "quantisation of the base": "NF4, double quantisation" if model.quantization == "nf4" else "none",
+        "LoRA": lora if model.lora_rank else "none",
+        "read-out": model.readout,
+        "precision": training.precision,
+        "seed": str(training.seed),
+        "optimizer steps": f"{origin.manifest['step']}, each of {_clips_per_step(origin)} clips",
+        "counterfactual regularization": "on" if origin.config.counterfactual.enabled else "off",
+    }
+
+
+def _clips_per_step(origin: Origin) -> int:
+    # Answering has no steps, so `find_trained` sets the batch to what is answered at once.
+    return origin.manifest["config"]["training"]["global_batch"]

@@ -12,7 +12,7 @@ from torch import nn
 
 from aullm_dist.config import Config, from_dict
 from aullm_dist.errors import UserError
-from aullm_dist.model.prompt import Prompt
+from aullm_dist.release.describe import prompt_facts
 from aullm_dist.release.layout import (
     ADAPTER_FOLDER,
     CONFIG_FILE,
@@ -22,11 +22,10 @@ from aullm_dist.release.layout import (
     is_release,
     read_release_manifest,
 )
-from aullm_dist.release.origin import Thresholds, choose_release_thresholds, find_home, find_preparation
+from aullm_dist.release.origin import Origin, Thresholds, find_origin
 from aullm_dist.training.build import BuiltModel, build_model
 from aullm_dist.training.checkpoint import SavedState, read_checkpoint
 from aullm_dist.training.compare import refuse_other_model
-from aullm_dist.training.predict import find_trained
 from aullm_dist.training.tensor_plan import ADAPTER_FILE, MODULES_FILE, plan_tensors
 
 
@@ -81,7 +80,7 @@ def load(
             adapter was trained on.
     """
     folder = Path(path).expanduser()
-    target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    target = pick_device(device)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; allowed: a release, a checkpoint or a fold of a run")
     if is_release(folder):
@@ -90,7 +89,7 @@ def load(
         return load_unchecked(folder, target, manifest["tensors"], llm=llm, trust_remote_code=trust_remote_code)
     if (folder / CONFIG_FILE).is_file():
         raise UserError(f"{folder}: {RELEASE_FILE} is missing; allowed: a folder that aullm-dist merge wrote, whole")
-    return _load_checkpoint(folder, target, llm)
+    return load_origin(find_origin(folder, llm), target)
 
 
 def load_unchecked(
@@ -149,16 +148,6 @@ def load_unchecked(
     )
 
 
-def prompt_facts(prompt: Prompt) -> dict[str, Any]:
-    """Return the prompt as a release records it: for people, and as the token ids that the model was trained with."""
-    return {
-        "text": prompt.text,
-        "prefix_ids": list(prompt.prefix_ids),
-        "structure_ids": list(prompt.structure_ids),
-        "question_ids": list(prompt.question_ids),
-    }
-
-
 def _refuse_other_tokens(folder: Path, recorded: Mapping[str, Any], built: BuiltModel) -> None:
     """A tokenizer that was changed on the Hub would alter every answer in silence."""
     found = prompt_facts(built.model.reasoner.prompt)
@@ -177,7 +166,8 @@ def _settings(folder: Path, described: Mapping[str, Any], llm: str | None, trust
         config.model.llm = str(folder / LLM_FOLDER)
         return config
     name = described["base"]["name"]
-    if llm is None and Path(name).is_absolute() and not Path(name).exists():
+    # A base with files was a folder, whose name may look like one of the Hub's.
+    if llm is None and described["base"]["files"] and not Path(name).exists():
         raise UserError(f"{folder}: its base LLM is not at {name}; say where it is with --llm, or load(..., llm=...)")
     config.model.llm = name if llm is None else llm
     return config
@@ -189,26 +179,43 @@ def _build(config: Config, aus: tuple[int, ...]) -> BuiltModel:
         return build_model(config, aus, config.model.llm)
 
 
-def _load_checkpoint(path: Path, device: torch.device, llm: str | None) -> Release:
-    trained = find_trained(path, [f"model.llm={llm}"] if llm is not None else [], processes=1)
-    config = trained.config
-    built = _build(config, trained.aus)
+def load_origin(origin: Origin, device: torch.device) -> Release:
+    """Load a checkpoint as `load` does.
+
+    Raises:
+        UserError: a file is missing or altered, or the LLM is not the one that the adapter was trained on.
+    """
+    config = origin.config
+    built = _build(config, origin.aus)
     saved = read_checkpoint(
-        trained.folder, built.model, with_optimizer=False, model_config=built.model_config, base=built.base
+        origin.folder, built.model, with_optimizer=False, model_config=built.model_config, base=built.base
     )
     saved.apply()
-    home = find_home(trained.folder)
-    preparation = find_preparation(config, home)
     return Release(
-        path=trained.folder,
+        path=origin.folder,
         format="checkpoint",
         model=built.model.to(device).eval(),
-        aus=trained.aus,
-        thresholds=choose_release_thresholds(trained.folder, trained.aus, home),
+        aus=origin.aus,
+        thresholds=origin.thresholds,
         num_frames=config.data.num_frames,
         size=config.data.size,
-        crop=preparation.crop,
-        corpora=preparation.corpora,
+        crop=origin.preparation.crop,
+        corpora=origin.preparation.corpora,
         config=config,
         device=device,
     )
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """Return the device that is meant; None is the GPU if there is one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        # Asked for a tensor, because a name alone does not tell whether the device is there.
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device}: is not there; allowed: cpu, or cuda on a machine with a GPU") from error

@@ -17,6 +17,8 @@ from aullm_dist.evaluation.evaluate import THRESHOLD_POLICY
 from aullm_dist.evaluation.metrics import HEADLINE_THRESHOLD, probability_of
 from aullm_dist.evaluation.thresholds import choose_thresholds
 from aullm_dist.training.atomic import step_of
+from aullm_dist.training.manifest import read_manifest
+from aullm_dist.training.predict import find_trained
 from aullm_dist.training.predictions import find_epochs, pool, read_predictions
 from aullm_dist.training.workspace import FOLDS_FILE
 
@@ -45,6 +47,20 @@ class Preparation:
     """Whether a corpus among them is known to be drawn by `aullm-dist synthesize`."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """A checkpoint and what is known of it without loading its LLM."""
+
+    folder: Path
+    config: Config
+    """As the run had it, but for where the LLM is."""
+    manifest: Mapping[str, Any]
+    aus: tuple[int, ...]
+    home: "Home | None"
+    preparation: Preparation
+    thresholds: Thresholds
+
+
 @dataclass(frozen=True, slots=True)
 class Home:
     """The run and fold that a checkpoint lies in."""
@@ -52,6 +68,31 @@ class Home:
     run: Path
     fold: int
     plan: FoldPlan
+
+
+def find_origin(path: Path, llm: str | None) -> Origin:
+    """Return what is known of a checkpoint.
+
+    Args:
+        path: a checkpoint, or a fold, of which the newest valid one is taken.
+        llm: where its LLM is, None for where the run found it.
+
+    Raises:
+        UserError: there is no checkpoint, or what describes it cannot be read.
+    """
+    trained = find_trained(path, [], processes=1)
+    if llm is not None:
+        trained.config.model.llm = llm
+    home = find_home(trained.folder)
+    return Origin(
+        folder=trained.folder,
+        config=trained.config,
+        manifest=read_manifest(trained.folder),
+        aus=trained.aus,
+        home=home,
+        preparation=find_preparation(trained.config, home),
+        thresholds=choose_release_thresholds(trained.folder, trained.aus, home),
+    )
 
 
 def find_home(checkpoint: Path) -> Home | None:
@@ -85,7 +126,7 @@ def choose_release_thresholds(checkpoint: Path, aus: Sequence[int], home: Home |
     chosen = probability_of(choose_thresholds(inner.labels, inner.logits))
     return Thresholds(
         values=dict(zip(aus, chosen.tolist(), strict=True)),
-        policy=f"{THRESHOLD_POLICY} ({len(rows)} clips, subjects {', '.join(sorted(set(inner.subjects)))})",
+        policy=f"{THRESHOLD_POLICY} ({len(rows)} clips, subjects: {len(set(inner.subjects))})",
     )
 
 

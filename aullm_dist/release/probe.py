@@ -62,13 +62,19 @@ def read_probe(folder: Path) -> Probe:
     return Probe(clips=tensors["clips"], logits=tensors["logits"])
 
 
-def tolerance_of(precision: str) -> tuple[str, float]:
-    """Return the dtype of a run's arithmetic by its `training.precision`, and the tolerance for it."""
+def probe_facts(precision: str, device: torch.device, difference: float | None) -> dict[str, Any]:
+    """Return what a manifest says of recorded answers.
+
+    Args:
+        precision: `training.precision` of the run.
+        device: where they were computed.
+        difference: largest difference from the answers of the model that was trained, None if that is the same.
+    """
     dtype = "bfloat16" if precision == "bf16" else "float32"
-    return dtype, TOLERANCES[dtype]
-
-
-def probe_facts(precision: str, device: torch.device) -> dict[str, Any]:
-    """Return what a manifest says of recorded answers."""
-    dtype, tolerance = tolerance_of(precision)
-    return {"dtype": dtype, "tolerance": tolerance, "device": device.type, "torch": torch.__version__}
+    return {
+        "dtype": dtype,
+        "tolerance": TOLERANCES[dtype],
+        "device": device.type,
+        "torch": torch.__version__,
+        "difference_to_trained": difference,
+    }

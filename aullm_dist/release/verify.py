@@ -1,13 +1,15 @@
 """Is a release folder what was exported? Every file's hash, then the recorded answers once more."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from aullm_dist.errors import UserError
 from aullm_dist.release.layout import PROBE_FILE, Format, check_files, read_release_manifest
-from aullm_dist.release.loading import load_unchecked
+from aullm_dist.release.loading import Release, load_unchecked, pick_device
 from aullm_dist.release.probe import answer_probe, read_probe
 
 
@@ -19,13 +21,11 @@ class Verification:
     format: Format
     num_files: int
     num_bytes: int
-    dtype: str
-    tolerance: float
-    difference: float
-    """Largest difference of a recorded logit."""
-    recorded_on: str
-    """Device type of the export."""
     device: torch.device
+    recorded: Mapping[str, Any] | None
+    """`dtype`, `tolerance` and `device` of the recorded answers (`probe.probe_facts`); None where there are none."""
+    difference: float | None
+    """Largest difference of a recorded logit."""
 
 
 def verify(
@@ -49,24 +49,27 @@ def verify(
     """
     manifest = read_release_manifest(folder)
     check_files(folder, manifest, every_byte=True)
-    target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    target = pick_device(device)
     release = load_unchecked(folder, target, manifest["tensors"], llm=llm, trust_remote_code=trust_remote_code)
-    probe, recorded = read_probe(folder), manifest["probe"]
-    # Written so that a NaN counts as a difference.
-    difference = float((answer_probe(release.model, probe.clips) - probe.logits).abs().max())
-    if not difference <= recorded["tolerance"]:
-        raise UserError(
-            f"{folder / PROBE_FILE}: logits differ from those at export by up to {difference:.2g}; allowed: "
-            f"{recorded['tolerance']:g} in {recorded['dtype']}"
-        )
     return Verification(
         folder=folder,
         format=release.format,
         num_files=len(manifest["files"]),
         num_bytes=sum(entry["size"] for entry in manifest["files"].values()),
-        dtype=recorded["dtype"],
-        tolerance=recorded["tolerance"],
-        difference=difference,
-        recorded_on=recorded["device"],
         device=target,
+        recorded=manifest["probe"],
+        difference=None if manifest["probe"] is None else _compare(release, manifest["probe"]),
     )
+
+
+def _compare(release: Release, recorded: Mapping[str, Any]) -> float:
+    """Answer the recorded clips again and return the largest difference of a logit."""
+    probe = read_probe(release.path)
+    difference = float((answer_probe(release.model, probe.clips) - probe.logits).abs().max())
+    # Written so that a NaN counts as a difference.
+    if not difference <= recorded["tolerance"]:
+        raise UserError(
+            f"{release.path / PROBE_FILE}: logits differ from those at export by up to {difference:.2g}; allowed: "
+            f"{recorded['tolerance']:g} in {recorded['dtype']}"
+        )
+    return difference
