@@ -97,7 +97,6 @@ def card_text(
         folder=folder,
         format=facts.format,
         base=base,
-        adapted=config.model.lora_rank > 0,
         merge_note=merge_note,
         difference=None if difference is None else f"{difference:.1e}",
         synthetic=synthetic,

@@ -38,7 +38,7 @@ def describe(origin: Origin, prompt: Prompt, format: Format) -> dict[str, Any]:
     function = json.loads((origin.folder / MODULES_CONFIG_FILE).read_bytes())
     settings = {key: getattr(config.model, key) for key in _SETTINGS}
     if format == "merged":
-        settings |= {"quantization": "none", "lora_rank": 0}
+        settings["quantization"] = "none"
         function["quantization"] = "none"
     shape = {"num_frames": config.data.num_frames, "size": config.data.size}
     return {

@@ -133,7 +133,7 @@ def training_rows(origin: Origin) -> dict[str, str]:
     return {
         **rows,
         "quantisation of the base": "NF4, double quantisation" if model.quantization == "nf4" else "none",
-        "LoRA": lora if model.lora_rank else "none",
+        "LoRA": lora,
         "read-out": model.readout,
         "precision": training.precision,
         "seed": str(training.seed),

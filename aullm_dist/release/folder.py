@@ -162,7 +162,7 @@ def _write_ours(folder: Path, origin: Origin, tokenizer: Any, format: Format) ->
     """Write the trained weights, the tokenizer and config.json."""
     source, model = origin.folder, origin.config.model
     shutil.copyfile(source / MODULES_FILE, folder / MODULES_FILE)
-    if format == "adapter" and (source / ADAPTER_FILE).is_file():
+    if format == "adapter":
         (folder / ADAPTER_FOLDER).mkdir()
         for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
             shutil.copyfile(source / name, folder / ADAPTER_FOLDER / name)

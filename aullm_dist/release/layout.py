@@ -91,7 +91,7 @@ def read_release_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any], *, every_byte: bool) -> None:
-    """Refuse a release with a missing or altered file, the first in the order of the names.
+    """Refuse a release with a missing or altered file, or with a foreign one where it would be loaded.
 
     Args:
         folder: the release.
@@ -109,6 +109,11 @@ def check_files(folder: Path, manifest: Mapping[str, Any], *, every_byte: bool) 
         problem = file_problem(folder / name, entry, manifest["tensors"].get(name), "size" if quickly else "hash")
         if problem:
             raise UserError(f"{problem}; {_ALLOWED}")
+    for path in _files(folder):
+        # Libraries choose by name what they load; a second set of weights could take the place of the first.
+        name = path.relative_to(folder).as_posix()
+        if name not in manifest["files"] and name.startswith((f"{ADAPTER_FOLDER}/", f"{LLM_FOLDER}/")):
+            raise UserError(f"{path}: is no file of this release; remove it")
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -163,6 +163,8 @@ def _settings(folder: Path, described: Mapping[str, Any], llm: str | None, trust
     if described["format"] == "merged":
         if llm is not None:
             raise UserError(f"{folder}: is a merged release, which holds its LLM; leave out the LLM {llm}")
+        # No setting of a run, which always trains LoRA.
+        config.model.lora_rank = 0
         config.model.llm = str(folder / LLM_FOLDER)
         return config
     name = described["base"]["name"]

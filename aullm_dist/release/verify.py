@@ -44,21 +44,24 @@ def verify(
         trust_remote_code: as in `load`.
 
     Raises:
-        UserError: a file is missing, altered, or not part of the release where it would be read; the LLM is not the one
-            that the adapter was trained on; or an answer differs by more than the tolerance.
+        UserError: a file is missing, altered or foreign; the LLM is not the one that the adapter was trained on; or an
+            answer differs by more than the tolerance.
     """
     manifest = read_release_manifest(folder)
     check_files(folder, manifest, every_byte=True)
     target = pick_device(device)
-    release = load_unchecked(folder, target, manifest["tensors"], llm=llm, trust_remote_code=trust_remote_code)
+    difference = None
+    if manifest["probe"] is not None:
+        release = load_unchecked(folder, target, manifest["tensors"], llm=llm, trust_remote_code=trust_remote_code)
+        difference = _compare(release, manifest["probe"])
     return Verification(
         folder=folder,
-        format=release.format,
+        format=manifest["release_format"],
         num_files=len(manifest["files"]),
         num_bytes=sum(entry["size"] for entry in manifest["files"].values()),
         device=target,
         recorded=manifest["probe"],
-        difference=None if manifest["probe"] is None else _compare(release, manifest["probe"]),
+        difference=difference,
     )
 
 
