@@ -12,6 +12,10 @@ import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader
 
 
 def when_imported(name: str, action: Callable[[ModuleType], object]) -> None:
@@ -29,19 +33,41 @@ class _Watch:
 
     def __init__(self, name: str, action: Callable[[ModuleType], object]) -> None:
         self.name, self.action = name, action
+        self.searching = False
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if name != self.name:
+        if name != self.name or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def execute_and_act(module: ModuleType) -> None:
-            execute(module)
-            self.action(module)
-
-        spec.loader.exec_module = execute_and_act
+        # Asking where a module is, as libraries do, is not importing it: the watch ends with the import.
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searching = False
+        if spec is not None and spec.loader is not None:
+            # Not patched: one loader may serve many modules.
+            spec.loader = _ActingLoader(spec.loader, self)
         return spec
+
+    def act(self, module: ModuleType) -> None:
+        sys.meta_path.remove(self)
+        self.action(module)
+
+
+class _ActingLoader:
+    """A loader that acts after another has done the work, and leaves the module as the other would."""
+
+    def __init__(self, loader: "Loader", watch: _Watch) -> None:
+        self.loader, self.watch = loader, watch
+
+    def __getattr__(self, name: str) -> object:
+        # Whoever finds the spec without importing may ask its loader for more, such as the source.
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        self.watch.act(module)

@@ -12,9 +12,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from aullm_dist.release.auto import AULLMConfig
 from aullm_dist.release.loading import Release, load
 
-# The Auto classes hand these on whatever the user said; they are about places on the Hub.
-_FROM_AUTO = frozenset({"_from_auto", "adapter_kwargs", "cache_dir", "force_download", "proxies", "subfolder"})
-_OF_THE_HUB = ("revision", "token", "local_files_only")
+# The Auto classes hand these on whatever the user said.
+_FROM_AUTO = frozenset({"_from_auto", "adapter_kwargs"})
+_OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 class AULLMModel(PreTrainedModel):
@@ -51,7 +51,8 @@ class AULLMModel(PreTrainedModel):
             llm: as in `aullm_dist.load`.
             device: as in `aullm_dist.load`.
             trust_remote_code: as in `aullm_dist.load`.
-            others: what the Auto classes add, and `revision`, `token`, `local_files_only` of a repository.
+            others: what the Auto classes add, and of a repository what `huggingface_hub.snapshot_download` takes:
+                `cache_dir`, `force_download`, `local_files_only`, `revision`, `token`.
 
         Raises:
             UserError: as `aullm_dist.load`.

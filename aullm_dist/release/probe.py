@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from aullm_dist.release.layout import PROBE_FILE
 
 NUM_CLIPS = 4
-TOLERANCES: Mapping[str, float] = {"float32": 1e-3, "bfloat16": 5e-2}
+TOLERANCES: Mapping[str, float] = {"float32": 1e-3, "bfloat16": 1e-1}
 """Largest accepted difference of a logit by the dtype of the LLM's arithmetic; docs/release.md says where from."""
 
 

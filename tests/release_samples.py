@@ -1,0 +1,71 @@
+"""A run folder as training leaves it, with random weights in place of trained ones: seconds instead of a training."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from aullm_dist.config import Config, from_dict, to_dict
+from aullm_dist.data.clips import read_samples
+from aullm_dist.data.protocols import FoldPlan, make_folds, write_folds
+from aullm_dist.facs import AU_SETS
+from aullm_dist.training.build import build_model
+from aullm_dist.training.checkpoint import save_checkpoint
+from aullm_dist.training.predictions import Prediction, prediction_path, write_predictions
+
+AUS = AU_SETS["casme2"]
+STEP = 10
+
+
+def release_config(dataset: Path, llm: Path | str, **model: object) -> Config:
+    """Return the configuration of the run; `model` are more settings of its group."""
+    settings = {"llm": str(llm), "lora_rank": 4, "graph_width": 16, "graph_heads": 2, **model}
+    data = {"train": [str(dataset)], "protocol": "grouped", "folds": 3, "inner_fraction": 0.3}
+    return from_dict({"model": settings, "data": data, "training": {"global_batch": 4, "micro_batch": 4}}, "sample")
+
+
+def write_run(run: Path, dataset: Path, llm: Path | str, **model: object) -> Path:
+    """Write folds, predictions of all folds, and a checkpoint of fold 0; return the checkpoint."""
+    config = release_config(dataset, llm, **model)
+    samples = read_samples([dataset])
+    folds = make_folds(samples, "grouped", inner_fraction=0.3, num_folds=3)
+    write_folds(run / "folds.json", FoldPlan("grouped", ("casme2",), AUS, 0, folds))
+    truth = {sample.sample_id: tuple(int(au in sample.aus) for au in AUS) for sample in samples}
+    generator = np.random.default_rng(0)
+    for fold in folds:
+        rows = [
+            Prediction(
+                sample_id=name,
+                subject=name.rpartition("/")[0],
+                corpus="casme2",
+                fold=fold.index,
+                role=role,
+                labels=truth[name],
+                logits=tuple((2.0 * np.array(truth[name]) - 1.5 + generator.normal(size=len(AUS))).tolist()),
+            )
+            for role, names in (("inner", fold.inner), ("test", fold.test))
+            for name in names
+        ]
+        write_predictions(prediction_path(run, fold.index, 2), rows, aus=AUS, epoch=2, step=STEP)
+    return _write_checkpoint(run / "fold-00" / "checkpoints", config, llm)
+
+
+def _write_checkpoint(folder: Path, config: Config, llm: Path | str) -> Path:
+    built = build_model(config, AUS, llm)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        for name, parameter in built.model.named_parameters():
+            # LoRA begins as nothing, which would hide one that got lost.
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    return save_checkpoint(
+        folder,
+        STEP,
+        model=built.model,
+        optimizer=None,
+        state={"epoch": 2},
+        config=to_dict(config),
+        model_config=built.model_config,
+        base=built.base,
+        quantized_modules=built.quantized_modules,
+    )

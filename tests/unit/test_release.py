@@ -1,0 +1,234 @@
+"""What a release folder holds, what its card says, and every way in which it is refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from release_samples import STEP, write_run
+from safetensors.torch import load_file
+
+import aullm_dist
+from aullm_dist.cli import main
+from aullm_dist.errors import UserError
+from aullm_dist.evaluation.evaluate import score_run
+from aullm_dist.evaluation.metrics import logit_of
+from aullm_dist.evaluation.thresholds import choose_thresholds
+from aullm_dist.release.folder import export
+from aullm_dist.release.layout import RELEASE_FILE
+from aullm_dist.release.probe import probe_clips
+from aullm_dist.training.predictions import pool, prediction_path, read_predictions
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_llm, tmp_path_factory) -> Path:
+    """A backbone of this module's own, because tests move it away."""
+    return Path(shutil.copytree(tiny_llm, tmp_path_factory.mktemp("base") / "llama"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_dataset, llm, tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("released") / "run", tiny_dataset, llm)
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("adapter") / "release"
+    export(checkpoint, out, format="adapter", authors=["A. Author"])
+    return out
+
+
+def refused(capsys, *words: object) -> str:
+    """Run a command that must end with 2, and return its one line."""
+    assert main([str(word) for word in words]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("aullm-dist: error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def copy_of(release: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(release, tmp_path / "copy"))
+
+
+def test_only_safetensors_json_and_texts(exported):
+    suffixes = {path.suffix for path in exported.rglob("*") if path.is_file()}
+    assert suffixes == {".safetensors", ".json", ".md", ".cff"}
+    assert len({path.stat().st_mode & 0o777 for path in exported.rglob("*.safetensors")}) == 1
+
+
+def test_thresholds_are_those_of_the_inner_subjects(checkpoint, exported, tmp_path):
+    rows = read_predictions(prediction_path(checkpoint.parents[2], 0, 2)).rows
+    inner = pool(row for row in rows if row.role == "inner")
+    expected = choose_thresholds(inner.labels, inner.logits)
+    thresholds = aullm_dist.load(exported).thresholds
+    assert logit_of(torch.tensor(list(thresholds.values.values())).numpy()) == pytest.approx(expected, abs=1e-5)
+    assert "inner held-out subjects (" in thresholds.policy
+    assert any(value != 0.5 for value in thresholds.values.values())
+    # The answers of another step are another model's; a checkpoint outside its run has none.
+    run = Path(shutil.copytree(checkpoint.parents[2], tmp_path / "run"))
+    path = prediction_path(run, 0, 2)
+    path.write_text(path.read_text().replace(f'"step": {STEP}', f'"step": {STEP + 1}'))
+    for folder, reason in (
+        (run / "fold-00", "no stored answers of step 10"),
+        (Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name)), "lies in no run folder"),
+    ):
+        thresholds = aullm_dist.load(folder).thresholds
+        assert set(thresholds.values.values()) == {0.5}
+        assert reason in thresholds.policy
+
+
+def test_the_card_is_one_of_the_hub(exported, checkpoint):
+    card = ModelCard.load(exported / "README.md")
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+    metrics = score_run(checkpoint.parents[2])
+    results = {result.metric_name.partition(",")[0]: result for result in card.data.eval_results}
+    assert set(results) == {"f1_binary", "f1_macro", "auc"}
+    for name, result in results.items():
+        assert result.metric_value == pytest.approx(metrics["mean"][name], abs=1e-4)
+        assert result.metric_args["ci95"] == pytest.approx(metrics["ci"]["mean"][name], abs=1e-4)
+    assert card.data.license == "other"
+    assert card.data.pipeline_tag == "video-classification"
+    # A folder of this machine is no name on the Hub.
+    assert "base_model" not in card.data.to_dict()
+    sections = [line[3:] for line in card.text.splitlines() if line.startswith("## ")]
+    assert sections == [
+        "Use", "Training", "Scores", "Intended use", "Limits", "Licences", "Versions", "Citation",
+    ]  # fmt: skip
+    assert "| casme2" not in card.text
+    assert "f1_macro CI" in card.text
+    assert "95% CI of the mean" in card.text
+    assert "Trained on drawn faces" in card.text
+    assert "random weights" in card.text
+
+
+def test_the_citation_is_in_the_citation_file_format(exported):
+    citation = yaml.safe_load((exported / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["authors"] == [{"name": "A. Author"}]
+    assert {"message", "title", "date-released"} <= citation.keys()
+    reference = citation["references"][0]
+    assert {"type", "title", "authors"} <= reference.keys()
+
+
+def test_no_path_of_this_machine_but_the_base(exported, llm, tiny_dataset, checkpoint):
+    for path in exported.rglob("*"):
+        if path.suffix in (".json", ".md", ".cff"):
+            text = path.read_text().replace(str(llm), "")
+            for private in (tiny_dataset, checkpoint, Path.home() / ".cache"):
+                assert str(private) not in text, path
+
+
+def test_verify_says_what_it_compared(exported, capsys):
+    assert main(["release", "verify", str(exported)]) == 0
+    said = capsys.readouterr().out
+    assert "adapter release" in said
+    assert "largest difference of a logit 0.0e+00, allowed 0.001 in float32" in said
+
+
+def test_a_release_without_answers_is_verified_by_its_files(checkpoint, llm, tmp_path, capsys):
+    out = tmp_path / "release"
+    export(checkpoint, out, format="adapter", record=False)
+    assert not (out / "probe.safetensors").exists()
+    hidden = llm.rename(llm.with_name("away"))
+    try:
+        assert main(["release", "verify", str(out)]) == 0
+    finally:
+        hidden.rename(llm)
+    assert "none were recorded" in capsys.readouterr().out
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def add(path: Path) -> None:
+    path.write_bytes(b"x")
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "message"),
+    [
+        (remove, "adapter/adapter_model.safetensors", "missing"),
+        (flip, "aullm_modules.safetensors", "altered"),
+        (flip, "config.json", "altered"),
+        (flip, "tokenizer.json", "altered"),
+        (remove, "RELEASE.json", "RELEASE.json"),
+        (flip, "RELEASE.json", "altered"),
+        (add, "adapter/adapter_model.bin", "is no file of this release"),
+    ],
+)
+def test_a_damaged_release_is_refused(exported, tmp_path, capsys, damage, name, message):
+    folder = copy_of(exported, tmp_path)
+    damage(folder / name)
+    line = refused(capsys, "release", "verify", folder)
+    assert name.rpartition("/")[2] in line
+    assert message in line
+    with pytest.raises(UserError, match=message):
+        aullm_dist.load(folder)
+
+
+def test_a_card_may_be_corrected_but_is_then_not_the_exported_one(exported, tmp_path, capsys):
+    folder = copy_of(exported, tmp_path)
+    (folder / "README.md").write_text("better words")
+    assert aullm_dist.load(folder).format == "adapter"
+    assert "README.md" in refused(capsys, "release", "verify", folder)
+
+
+def test_a_taken_folder_stays_as_it_is(checkpoint, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for out in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(UserError, match="is taken; give a new or an empty folder"):
+            export(checkpoint, out, format="adapter", record=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    export(checkpoint, empty, format="adapter", record=False)
+    assert (empty / RELEASE_FILE).is_file()
+
+
+def test_a_failed_merge_leaves_nothing(checkpoint, tmp_path):
+    def merge(target):
+        target.mkdir()
+        (target / "model-00001.safetensors").write_bytes(b"half")
+        raise UserError("the disk is full")
+
+    with pytest.raises(UserError, match="the disk is full"):
+        export(checkpoint, tmp_path / "release", format="merged", merge=merge, record=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("release", "verify", "{tmp}/nowhere"), "no such folder; allowed: a folder that aullm-dist merge wrote"),
+        (("release", "verify", "{tmp}"), "is no release (no RELEASE.json in it)"),
+        (("release", "verify", "{release}", "--device", "toaster"), "device toaster: is not there; allowed: cpu"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(exported, tmp_path, capsys, words, message):
+    words = [word.format(tmp=tmp_path, release=exported) for word in words]
+    assert message in refused(capsys, *words)
+
+
+def test_the_probe_clips_are_a_formula():
+    clips = probe_clips(6, 64)
+    assert clips.shape == (4, 6, 64, 64)
+    # Worked out by hand for clip 1, frame 2, row 3, column 4: 3 * 3 + 5 * 4 + 7 * 2 + 31 = 74, and 64 + |74 - 127|.
+    assert clips[1, 2, 3, 4] == 117
+    assert torch.equal(clips[0, 0], clips[0, 5])
+    assert not torch.equal(clips[1, 0], clips[1, 5])
+
+
+def test_the_adapter_files_are_the_checkpoints_own(exported, checkpoint):
+    name = "adapter_model.safetensors"
+    found, expected = load_file(exported / "adapter" / name), load_file(checkpoint / name)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
