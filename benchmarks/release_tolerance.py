@@ -2,9 +2,9 @@
 
     python benchmarks/release_tolerance.py [--json FILE]
 
-The ways are those that loading a release may differ in: packed and padded, the attentions, one and two threads, and on a
-machine with a GPU the GPU. Weights are random (the tiny backbone at the given sizes, LoRA with values), so that nothing
-is downloaded. Each row is the largest difference of a logit from the first way, beside the tolerance of
+The ways are those that two machines may differ in: packed and padded, the attentions, one and two threads, and the GPU
+where there is one. Weights are random (the tiny backbone at the given sizes, LoRA with values), so that nothing is
+downloaded. Each row is the largest difference of a logit from the first way, beside the tolerance of
 `aullm-dist release verify` in that dtype.
 """
 
@@ -79,8 +79,9 @@ def main() -> None:
                         }
                     )
     header = tuple(rows[0])
-    print(markdown_table(header, [tuple(row.values()) for row in rows]))
-    machine = {"cpu": cpu_name(), "gpus": gpu_names(), "versions": versions(), "commit": commit()}
+    print("\n".join(markdown_table(header, [tuple(row.values()) for row in rows], left=3)))
+    packages = ("torch", "transformers", "peft")
+    machine = {"cpu": cpu_name(), "gpus": gpu_names(), "versions": versions(packages), "commit": commit()}
     print(machine)
     if args.json:
         write_json(args.json, {**machine, "rows": rows})

@@ -120,7 +120,8 @@ def export(
             if merge is not None:
                 receipt = merge(folder / LLM_FOLDER)
                 _refuse_pickles(folder)
-                manifest["merge"] = receipt.as_dict()
+                # Where things lay on this machine is nobody else's business.
+                manifest["merge"] = {k: v for k, v in receipt.as_dict().items() if k not in ("checkpoint", "llm")}
             if merge is not None and probe is not None:
                 merged = _record(load_unchecked(folder, target, table_of(folder)).model, origin)
                 difference, probe = float((merged.logits - probe.logits).abs().max()), merged
