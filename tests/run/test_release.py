@@ -186,7 +186,7 @@ def test_another_llm_is_refused(exported, checkpoint, tmp_path, capsys):
     out = tmp_path / "release"
     for format, merge in (("adapter", None), ("merged", lambda target: pytest.fail("nothing may be merged"))):
         with pytest.raises(UserError, match="is of another model: base"):
-            export(checkpoint, out, format=format, merge=merge, llm=str(other))
+            export(checkpoint, out, format=format, merge=merge, llm=str(other), record=False)
     assert list(tmp_path.iterdir()) == [other]
 
 
