@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
 
 from aullm_dist.errors import UserError
 from aullm_dist.files import staged_folder
@@ -113,33 +113,33 @@ def export(
     facts = _card_facts(origin, format, scores)
     probe = _record(load_origin(origin, target).model, origin) if record else None
     gc.collect()  # The trained model is given up: two LLMs at once may not fit.
-    receipt, difference, manifest = None, None, {"release_format": format, "probe": None, "merge": None}
+    receipt, difference = None, None
     try:
         with staged_folder(out) as folder:
             _write_ours(folder, origin, tokenizer, format)
             if merge is not None:
                 receipt = merge(folder / LLM_FOLDER)
                 _refuse_pickles(folder)
-                # Where things lay on this machine is nobody else's business.
-                manifest["merge"] = {k: v for k, v in receipt.as_dict().items() if k not in ("checkpoint", "llm")}
             if merge is not None and probe is not None:
                 merged = _record(load_unchecked(folder, target, table_of(folder)).model, origin)
                 difference, probe = float((merged.logits - probe.logits).abs().max()), merged
+            recorded = None
             if probe is not None:
                 write_probe(folder, probe)
-                manifest["probe"] = probe_facts(origin.config.training.precision, target, difference)
-            note = receipt.note if receipt is not None else None
-            _write_texts(folder, origin, out.absolute().name, facts, note, difference, authors)
-            write_release_manifest(folder, manifest)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); give a folder that you may write") from error
+                recorded = probe_facts(origin.config.training.precision, target, difference)
+            _write_texts(folder, origin, out.absolute().name, facts, receipt, difference, authors)
+            write_release_manifest(
+                folder, {"release_format": format, "probe": recorded, "merge": receipt and _public(receipt)}
+            )
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out}: cannot be written ({error}); give a folder that you may write") from error
     return Export(
         folder=out, format=format, threshold_policy=origin.thresholds.policy, difference=difference, merge=receipt
     )
 
 
 def _record(model: torch.nn.Module, origin: Origin) -> Probe:
-    clips: Tensor = probe_clips(origin.config.data.num_frames, origin.config.data.size)
+    clips = probe_clips(origin.config.data.num_frames, origin.config.data.size)
     return Probe(clips=clips, logits=answer_probe(model, clips))
 
 
@@ -172,6 +172,11 @@ def _write_ours(folder: Path, origin: Origin, tokenizer: Any, format: Format) ->
     (folder / CONFIG_FILE).write_bytes(json_bytes(describe(origin, prompt, format)))
 
 
+def _public(receipt: MergeReceipt) -> dict[str, Any]:
+    """Return a receipt without where things lay on this machine, which is nobody else's business."""
+    return {key: value for key, value in receipt.as_dict().items() if key not in ("checkpoint", "llm")}
+
+
 def _refuse_pickles(folder: Path) -> None:
     found = [path for path in folder.rglob("*") if path.suffix in _PICKLES]
     assert not found, f"{found[0]}: a release holds safetensors only"
@@ -199,11 +204,12 @@ def _write_texts(
     origin: Origin,
     name: str,
     facts: CardFacts,
-    merge_note: str | None,
+    receipt: MergeReceipt | None,
     difference: float | None,
     authors: Sequence[str],
 ) -> None:
-    text = card_text(origin, facts, folder=name, merge_note=merge_note, difference=difference)
+    note = receipt.note if receipt is not None else None
+    text = card_text(origin, facts, folder=name, merge_note=note, difference=difference)
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
     today = datetime.datetime.now(datetime.UTC).date()
     citation = citation_text(release_title(origin, facts.base), facts.base, origin.preparation.corpora, authors, today)

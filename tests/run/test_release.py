@@ -202,6 +202,23 @@ def test_a_base_that_moved_is_found_by_name(exported, llm, tmp_path, capsys):
         hidden.rename(llm)
 
 
+def test_an_nf4_base_is_quantised_again_as_it_was(tiny_dataset, llm, tmp_path):
+    checkpoint = write_run(tmp_path / "run", tiny_dataset, llm, quantization="nf4")
+    export(checkpoint, tmp_path / "release", format="adapter", record=False)
+    clips = probe_clips(6, 64)
+    expected = answer_probe(aullm_dist.load(checkpoint).model, clips)
+    release = aullm_dist.load(tmp_path / "release")
+    assert torch.equal(answer_probe(release.model, clips), expected)
+    assert release.config.model.quantization == "nf4"
+
+
+def test_a_baseline_loads_but_is_no_release(tiny_dataset, tmp_path):
+    checkpoint = write_run(tmp_path / "run", tiny_dataset, "none")
+    assert answer_probe(aullm_dist.load(checkpoint).model, probe_clips(6, 64)).shape == (4, len(AUS))
+    with pytest.raises(UserError, match="is of the baseline led_cnn, which has no LLM to release"):
+        export(checkpoint, tmp_path / "release", format="adapter")
+
+
 def test_a_changed_tokenizer_is_refused(exported, llm, tmp_path):
     changed = Path(shutil.copytree(llm, tmp_path / "changed"))
     tokenizer = json.loads((changed / "tokenizer.json").read_text())
