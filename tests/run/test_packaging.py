@@ -81,6 +81,10 @@ def test_the_package_list_is_the_tree():
     for path in config_files:
         package = ".".join(("aullm_dist", *path.parent.relative_to(ROOT).parts))
         assert any(path.match(pattern) for pattern in tool["package-data"][package]), path
+    for path in (ROOT / "aullm_dist").rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            package = ".".join(path.parent.relative_to(ROOT).parts)
+            assert any(path.match(pattern) for pattern in tool["package-data"].get(package, ())), path
 
 
 def test_every_dependency_has_its_reason():
