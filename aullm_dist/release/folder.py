@@ -69,7 +69,7 @@ class Export:
     difference: float | None
     """Largest difference of a logit on the probe clips between the merged and the trained model; None for an adapter
     release, which is the trained model, and where no answers were recorded."""
-    merge: Any
+    merge: MergeReceipt | None
     """What `merge` returned; None for an adapter release."""
 
 

@@ -16,8 +16,11 @@ from aullm_dist.errors import UserError
 from aullm_dist.evaluation.evaluate import score_run
 from aullm_dist.evaluation.metrics import logit_of
 from aullm_dist.evaluation.thresholds import choose_thresholds
+from aullm_dist.release.card import CardFacts, card_text
+from aullm_dist.release.facts import Scores, describe_base
 from aullm_dist.release.folder import export
 from aullm_dist.release.layout import RELEASE_FILE
+from aullm_dist.release.origin import find_origin
 from aullm_dist.release.probe import probe_clips
 from aullm_dist.training.predictions import pool, prediction_path, read_predictions
 
@@ -101,6 +104,31 @@ def test_the_card_is_one_of_the_hub(exported, checkpoint):
     assert "95% CI of the mean" in card.text
     assert "Trained on drawn faces" in card.text
     assert "random weights" in card.text
+
+
+def test_a_base_of_the_hub_is_named_with_its_licence(checkpoint, tmp_path):
+    cached = tmp_path / "models--org--llama-8b" / "snapshots" / ("0" * 40)
+    cached.mkdir(parents=True)
+    (cached / "README.md").write_text("---\nlicense: llama3.1\n---\n# Llama\n")
+    for name, licence in ((str(cached), "llama3.1"), ("org/llama-8b", None)):
+        base = describe_base(name)
+        assert (base.title, base.hub_name, base.licence) == ("org/llama-8b", "org/llama-8b", licence)
+    facts = CardFacts(
+        format="merged",
+        base=describe_base(str(cached)),
+        counts=(),
+        scores=Scores(metrics=None, missing="no test side"),
+        scores_preface="",
+        training={},
+        commit=None,
+    )
+    card = ModelCard(card_text(find_origin(checkpoint, None), facts, folder="x", merge_note="N", difference=0.25))
+    assert card.data.base_model == "org/llama-8b"
+    assert card.data.base_model_relation == "finetune"
+    assert card.data.eval_results is None
+    assert "Base LLM org/llama-8b: llama3.1." in card.text
+    assert "None: no test side." in card.text
+    assert "differ from those of the model that was trained by at most 2.5e-01" in card.text
 
 
 def test_the_citation_is_in_the_citation_file_format(exported):
