@@ -112,7 +112,6 @@ def export(
     tokenizer = _check(origin)
     facts = _card_facts(origin, format, scores)
     probe = _record(load_origin(origin, target).model, origin) if record else None
-    gc.collect()  # The trained model is given up: two LLMs at once may not fit.
     receipt, difference = None, None
     try:
         with staged_folder(out) as folder:
@@ -121,6 +120,7 @@ def export(
                 receipt = merge(folder / LLM_FOLDER)
                 _refuse_pickles(folder)
             if merge is not None and probe is not None:
+                gc.collect()  # of the trained model: two LLMs at once may not fit
                 merged = _record(load_unchecked(folder, target, table_of(folder)).model, origin)
                 difference, probe = float((merged.logits - probe.logits).abs().max()), merged
             recorded = None
