@@ -1,108 +1,170 @@
-"""Frame files to gray clips: decode, crop and resize with Pillow, the same transform for every frame of a clip.
+"""Pictures to gray clips: decode, cut and resize with Pillow, the same transform for every frame of a clip.
 
-The crop is decided once, on a clip's first frame: a crop found per frame would jitter by more than a micro-expression
-moves.
+Every way into the model passes through `Cutter`: frame files of a corpus, of a folder, frames of a video, and arrays.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from aullm_dist.data.crops import Crop, NoRegion, Region
 from aullm_dist.errors import UserError
 
-__all__ = ["CROPS", "Box", "CropFunction", "UnreadableFrame", "load_clip", "load_frame"]
-
-Box = tuple[float, float, float, float]
-"""Left, upper, right and lower edge in fractions of the frame's width and height."""
-
-CropFunction = Callable[[Image.Image], Box]
-"""Chooses the part of a clip that is kept from its first frame (gray, possibly decoded at reduced size)."""
+__all__ = ["Cutter", "UnreadableFrame", "load_clip"]
 
 _GRAY_READY = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 class UnreadableFrame(UserError):
-    """A frame file that is damaged, is no 8-bit image, or has another size than its clip."""
+    """A frame that is damaged, is no 8-bit image, or has another size than its clip."""
 
 
-def _whole(_: Image.Image) -> Box:
-    return (0.0, 0.0, 1.0, 1.0)
+class Cutter:
+    """Turns the frames of one clip into gray squares; the region is decided on the first of them.
+
+    Args:
+        size: height and width of the output, in pixels.
+        crop: fitted once, on the first frame.
+        clip: sample id or name of the input, for the crop and for messages.
+    """
+
+    def __init__(self, size: int, crop: Crop, clip: str) -> None:
+        self.size, self.crop, self.clip = size, crop, clip
+        self._region: Region | None = None
+        self._frame_size: tuple[int, int] | None = None
+
+    def cut_file(self, file: Path) -> np.ndarray:
+        """Return a frame file as gray `[size, size]` uint8 (ITU-R 601 luma), resized with antialiasing.
+
+        Raises:
+            UnreadableFrame: the file is damaged, no 8-bit image, or of another size than the clip's first frame.
+            NoRegion: it is the first frame, and the crop finds nothing in it.
+        """
+        if self._region is None:
+            with _opened(file) as image:
+                _refuse_depth(image, str(file))
+                self._fit(image, str(file))
+        with _opened(file) as image:
+            self._check_size(image, str(file))
+            _refuse_depth(image, str(file))
+            if image.format == "JPEG":
+                # Lets the JPEG decoder skip chroma and scale down by 2, 4 or 8 while at least twice the target remains.
+                region = self._region
+                width, height = region.right - region.left, region.bottom - region.top
+                image.draft("L", (math.ceil(2 * self.size / width), math.ceil(2 * self.size / height)))
+            return _cut(_decoded(image, str(file)), self._region, self.size)
+
+    def cut_image(self, image: Image.Image, where: str) -> np.ndarray:
+        """Return a decoded frame as `cut_file` does; `where` names it in messages.
+
+        Raises:
+            UnreadableFrame, NoRegion: as `cut_file` does.
+        """
+        _refuse_depth(image, where)
+        if self._region is None:
+            self._fit(image, where)
+        self._check_size(image, where)
+        return _cut(_decoded(image, where), self._region, self.size)
+
+    def _fit(self, image: Image.Image, where: str) -> None:
+        size = image.size
+        try:
+            region = self.crop.fit(image, self.clip)
+        except UserError:
+            raise
+        except _DECODING_ERRORS as error:
+            raise _unreadable(where, error) from error
+        edges = (region.left, region.top, region.right, region.bottom, region.angle)
+        if not (all(map(math.isfinite, edges)) and region.left < region.right and region.top < region.bottom):
+            raise NoRegion(f"crop {self.crop.identity} gave no region of a frame: {region}")
+        self._region, self._frame_size = region, size
+
+    def _check_size(self, image: Image.Image, where: str) -> None:
+        if image.size != self._frame_size:
+            raise UnreadableFrame(f"{where}: {_by(image.size)} pixels in a clip of {_by(self._frame_size)}")
 
 
-def _centre_square(frame: Image.Image) -> Box:
-    width, height = frame.size
-    side = min(width, height)
-    x, y = side / width / 2, side / height / 2
-    return (0.5 - x, 0.5 - y, 0.5 + x, 0.5 + y)
-
-
-CROPS: dict[str, CropFunction] = {"none": _whole, "center": _centre_square}
-"""Crop functions by the name used on the command line; a face detector joins by adding itself here."""
-
-
-def load_clip(files: Sequence[Path], *, size: int, crop: CropFunction) -> tuple[np.ndarray, list[tuple[int, str]]]:
+def load_clip(files: Sequence[Path], *, size: int, crop: Crop, clip: str) -> tuple[np.ndarray, list[tuple[int, str]]]:
     """Load the readable frames of a clip.
 
     Args:
         files: The clip's frames in order.
         size: Height and width of the output, in pixels.
-        crop: Called once, on the first readable frame.
+        crop: Fitted once, on the first readable frame.
+        clip: Sample id.
 
     Returns:
         Frames `[T, size, size]` uint8, and the position in `files` and the reason of each frame that could not be read.
+
+    Raises:
+        NoRegion: The crop finds nothing to keep.
     """
-    box: Box | None = None
-    frame_size: tuple[int, int] | None = None
+    cutter = Cutter(size, crop, clip)
     frames, failures = [], []
     for position, file in enumerate(files):
         try:
-            image, full_size = _open_gray(file, size)
-            if frame_size is not None and full_size != frame_size:
-                raise UnreadableFrame(f"{file}: {_by(full_size)} pixels in a clip of {_by(frame_size)}")
+            frames.append(cutter.cut_file(file))
         except UnreadableFrame as error:
             failures.append((position, str(error)))
-            continue
-        if box is None:
-            box, frame_size = crop(image), full_size
-        frames.append(_cut(image, box, size))
     stack = np.stack(frames) if frames else np.zeros((0, size, size), np.uint8)
     return stack, failures
 
 
-def load_frame(file: Path, *, size: int, box: Box = (0.0, 0.0, 1.0, 1.0)) -> np.ndarray:
-    """Load one frame as gray `[size, size]` uint8 (ITU-R 601 luma), cut to `box` and resized with antialiasing.
-
-    Raises:
-        UnreadableFrame: The file is damaged or no 8-bit image.
-    """
-    image, _ = _open_gray(file, size)
-    return _cut(image, box, size)
-
-
-def _open_gray(file: Path, size: int) -> tuple[Image.Image, tuple[int, int]]:
-    """Decode a frame to mode "L"; returns it with the file's own (width, height)."""
+def _opened(file: Path) -> Image.Image:
     try:
-        with Image.open(file) as image:
-            full_size = image.size
-            if image.format == "JPEG":
-                # Lets the JPEG decoder skip chroma and scale down by 2, 4 or 8 while at least twice the target remains.
-                image.draft("L", (2 * size, 2 * size))
-            if image.mode not in _GRAY_READY:
-                raise UnreadableFrame(f"{file}: pixel mode {image.mode}; allowed: 8-bit gray or colour")
-            return image.convert("L"), full_size
-    except UnreadableFrame:
-        raise
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).replace(str(file), "the file").split())
-        raise UnreadableFrame(f"{file}: cannot be read as an image ({reason})") from error
+        return Image.open(file)
+    except _DECODING_ERRORS as error:
+        raise _unreadable(str(file), error) from error
 
 
-def _cut(image: Image.Image, box: Box, size: int) -> np.ndarray:
+def _decoded(image: Image.Image, where: str) -> Image.Image:
+    try:
+        return image.convert("L")
+    except _DECODING_ERRORS as error:
+        raise _unreadable(where, error) from error
+
+
+def _unreadable(where: str, error: BaseException) -> UnreadableFrame:
+    reason = " ".join(str(error).replace(where, "the file").split())
+    return UnreadableFrame(f"{where}: cannot be read as an image ({reason})")
+
+
+def _refuse_depth(image: Image.Image, where: str) -> None:
+    if image.mode not in _GRAY_READY:
+        raise UnreadableFrame(f"{where}: pixel mode {image.mode}; allowed: 8-bit gray or colour")
+
+
+def _cut(image: Image.Image, region: Region, size: int) -> np.ndarray:
     width, height = image.size
-    pixels = (box[0] * width, box[1] * height, min(box[2] * width, width), min(box[3] * height, height))
+    box = [region.left * width, region.top * height, region.right * width, region.bottom * height]
+    if region.angle or min(box) < 0 or box[2] > width or box[3] > height:
+        image, box = _turned(image, box, region.angle)
+        width, height = image.size
+    # Rounding must not carry an edge that lies on the frame's out of it.
+    pixels = (max(box[0], 0.0), max(box[1], 0.0), min(box[2], width), min(box[3], height))
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=pixels), dtype=np.uint8)
+
+
+def _turned(image: Image.Image, box: Sequence[float], angle: float) -> tuple[Image.Image, list[float]]:
+    """Return the image turned about the box's centre, with its border repeated as far as needed, and the box in it."""
+    centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+    across, down = (box[2] - box[0]) / 2, (box[3] - box[1]) / 2
+    if angle:
+        across = down = math.hypot(across, down)
+    reach = (centre[0] - across, centre[1] - down, centre[0] + across, centre[1] + down)
+    width, height = image.size
+    before = [max(0, math.ceil(-value)) for value in reach[:2]]
+    after = [max(0, math.ceil(value - limit)) for value, limit in zip(reach[2:], (width, height), strict=True)]
+    padding = ((before[1], after[1]), (before[0], after[0]))
+    image = Image.fromarray(np.pad(np.asarray(image), padding, mode="edge"))
+    shift = (before[0], before[1], before[0], before[1])
+    if angle:
+        image = image.rotate(angle, Image.Resampling.BICUBIC, center=(centre[0] + before[0], centre[1] + before[1]))
+    return image, [value + by for value, by in zip(box, shift, strict=True)]
 
 
 def _by(size: tuple[int, int]) -> str:

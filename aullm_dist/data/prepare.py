@@ -23,7 +23,7 @@ from typing import get_args
 from aullm_dist import __version__
 from aullm_dist.data.corpora import CorpusIndex, Note, get_corpus, read_corpus
 from aullm_dist.data.corpora.explain import as_json, explain
-from aullm_dist.data.frames import CROPS
+from aullm_dist.data.crops import get_crop
 from aullm_dist.data.matching import plan_clips
 from aullm_dist.data.shards import BadClips, ShardTask, run_shard, shard_key, shard_paths
 from aullm_dist.data.tables import write_arrow, write_parquet
@@ -66,7 +66,7 @@ def prepare(
         root: Folder of the release.
         out: Folder to be made. A finished preparation of the same input with the same arguments is left as it is.
         size: Height and width of the frames, in pixels.
-        crop: Name in `frames.CROPS`.
+        crop: What part of the frames is kept, as `crops.get_crop` reads it.
         bad_clips: What to do about unusable rows, missing folders and missing or unreadable frames: "stop"; "repair"
             keeps a clip with the frames that exist (at least 2) and skips the rest; "skip" leaves out every clip with
             a defect.
@@ -139,8 +139,7 @@ def _check_arguments(corpus: str, size: int, crop: str, bad_clips: str, num_work
     get_corpus(corpus)
     if not 8 <= size <= _MAX_SIZE:
         raise UserError(f"--size {size}: allowed: 8 to {_MAX_SIZE} pixels")
-    if crop not in CROPS:
-        raise UserError(f"--crop {crop}: allowed: {', '.join(CROPS)}")
+    get_crop(crop)
     if bad_clips not in get_args(BadClips):
         raise UserError(f"--bad-clips {bad_clips}: allowed: {', '.join(get_args(BadClips))}")
     if fmt not in FORMATS:
@@ -238,7 +237,8 @@ def _report(
         "frames_root": str(index.frames_root),
         "workbook": {"file": str(index.table.file), "sheet": index.table.sheet, "sha256": index.table.sha256()},
         "size": size,
-        "crop": crop,
+        "crop": get_crop(crop).identity,
+        "crop_argument": crop.partition(":")[2] or None,
         "bad_clips": bad_clips,
         "fps": spec.fps,
         "num_clips": len(clips),
@@ -258,7 +258,7 @@ def _report(
         "versions": {
             "aullm_dist": __version__,
             "python": platform.python_version(),
-            **{name: version(name) for name in ("datasets", "pyarrow", "pillow", "openpyxl")},
+            **{name: version(name) for name in ("datasets", "pyarrow", "pillow", "opencv-python-headless", "openpyxl")},
         },
         "fingerprint": fingerprint,
     }

@@ -17,7 +17,11 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the dataset to be written")
     parser.add_argument("--size", type=int, default=64, metavar="PIXELS", help="height and width of the frames (64)")
     parser.add_argument(
-        "--crop", default="none", metavar="MODE", help="none: the whole frame; center: the largest square"
+        "--crop",
+        default="none",
+        metavar="CROP",
+        help="none: the whole frame; center: the largest square; cascade: the face that OpenCV finds; boxes:FILE.csv, "
+        "landmarks:FILE.csv; or a crop of another package",
     )
     parser.add_argument(
         "--bad-clips",

@@ -14,7 +14,8 @@ from typing import Literal
 
 import pyarrow as pa
 
-from aullm_dist.data.frames import CROPS, load_clip
+from aullm_dist.data.crops import NoRegion, get_crop
+from aullm_dist.data.frames import load_clip
 from aullm_dist.errors import UserError
 
 __all__ = ["MIN_FRAMES", "SCHEMA", "BadClips", "ClipPlan", "ShardTask", "run_shard", "shard_key", "shard_paths"]
@@ -82,7 +83,7 @@ class ShardTask:
 
 def shard_key(clips: Sequence[ClipPlan], *, size: int, crop: str, bad_clips: BadClips) -> str:
     """Return the hash of all that a shard's content depends on; files count by name, size and time of change."""
-    digest = hashlib.sha256(json.dumps([FORMAT, size, crop, bad_clips]).encode())
+    digest = hashlib.sha256(json.dumps([FORMAT, size, get_crop(crop).fingerprint, bad_clips]).encode())
     for clip in clips:
         stats = [(file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in clip.files]
         digest.update(json.dumps([clip.labels, clip.numbers, stats]).encode())
@@ -98,7 +99,7 @@ def run_shard(task: ShardTask) -> int:
     """Decode the clips of a task and write its shard; returns the number of clips that were worked on.
 
     Raises:
-        UserError: A frame cannot be read and bad clips stop the preparation.
+        UserError: A frame cannot be read, or a crop finds nothing, and bad clips stop the preparation.
     """
     arrow_path, summary_path = shard_paths(task.folder, task.key)
     rows: list[dict[str, object]] = []
@@ -123,7 +124,12 @@ def run_shard(task: ShardTask) -> int:
 
 def _decode(clip: ClipPlan, task: ShardTask) -> tuple[dict[str, object] | None, str, str]:
     """Return the row of a clip or None, and what was done about unreadable frames (kind and text, or empty)."""
-    stack, failures = load_clip(clip.files, size=task.size, crop=CROPS[task.crop])
+    try:
+        stack, failures = load_clip(clip.files, size=task.size, crop=get_crop(task.crop), clip=clip.sample_id)
+    except NoRegion as error:
+        if task.bad_clips == "stop":
+            raise UserError(f"{clip.sample_id}: {error}; or leave such clips out with --bad-clips skip") from error
+        return None, "skipped", str(error)
     kind, text = "", ""
     if failures:
         more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
