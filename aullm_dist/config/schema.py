@@ -88,6 +88,8 @@ class DataConfig:
     num_frames: int = 6
     size: int = 64
     """Image side in pixels; prepared datasets must have been written with the same `--size`."""
+    crops: list[str] = field(default_factory=list)
+    """Crops of the prepared datasets, by name; others are refused. Empty takes, and records, those that they have."""
     cut_fraction: float = 0.2
     """Training clips lose at most this share of their frames at either end, drawn anew each epoch."""
     augment: bool = True

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from aullm_dist.data.crops import recorded_crop
 from aullm_dist.data.protocols import SampleInfo
 from aullm_dist.data.tables import ClipTable, open_part, parquet_files
 from aullm_dist.errors import UserError
@@ -29,16 +30,18 @@ class ClipStore:
     Args:
         folders: folders written by `aullm-dist prepare`.
         size: image side in pixels that the run expects.
+        crops: identities of the crops that the run expects; none given takes whatever the folders were cut with.
 
     Attributes:
         samples: what is known of each clip, in the order of the folders.
         corpora: names of the corpora in each folder.
+        crops: identities of the crops that the folders were prepared with, sorted, each once.
 
     Raises:
-        UserError: a folder is missing, is no prepared dataset, has another image size, or repeats a sample id.
+        UserError: a folder is missing, is no prepared dataset, has another image size or crop, or repeats a sample id.
     """
 
-    def __init__(self, folders: Sequence[str | Path], size: int) -> None:
+    def __init__(self, folders: Sequence[str | Path], size: int, crops: Sequence[str] = ()) -> None:
         self._folders = tuple(map(Path, folders))
         parts = [open_part(folder) for folder in self._folders]
         for folder, part in zip(self._folders, parts, strict=True):
@@ -47,6 +50,7 @@ class ClipStore:
                     f"{folder}: clips are {part[0]['width']}x{part[0]['height']} pixels, data.size is {size}; "
                     f"set data.size or prepare again with --size {size}"
                 )
+        self.crops = tuple(sorted({_crop_of(folder, crops) for folder in self._folders}))
         infos = [_samples_of(part) for part in parts]
         self.corpora: tuple[frozenset[str], ...] = tuple(frozenset(info.corpus for info in part) for part in infos)
         self._table = ClipTable(parts)
@@ -61,9 +65,9 @@ class ClipStore:
         for sample in self.samples:
             digest.update(f"{sample.sample_id} {sorted(sample.aus)}\n".encode())
         for folder in self._folders:
-            report = folder / "report.json"
-            if report.exists():
-                digest.update(str(json.loads(report.read_text(encoding="utf-8")).get("fingerprint")).encode())
+            report = _report_of(folder)
+            if report is not None:
+                digest.update(str(report.get("fingerprint")).encode())
         return digest.hexdigest()
 
     def parquet_of(self, sample_ids: Sequence[str]) -> list[Path]:
@@ -84,6 +88,19 @@ class ClipStore:
 
     def _info(self, sample_id: str) -> SampleInfo:
         return self.samples[self._rows[sample_id]]
+
+
+def _report_of(folder: Path) -> dict[str, Any] | None:
+    report = folder / "report.json"
+    return json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
+
+
+def _crop_of(folder: Path, allowed: Sequence[str]) -> str:
+    crop = recorded_crop(_report_of(folder))
+    if allowed and crop not in allowed:
+        wanted = " or ".join(allowed)
+        raise UserError(f"{folder}: crop {crop}, but data.crops is {wanted}; prepare again with --crop {wanted}")
+    return crop
 
 
 def _samples_of(part: Any) -> tuple[SampleInfo, ...]:

@@ -54,7 +54,10 @@ def run(accelerator: Accelerator, config: Config, mode: workspace.Mode, score: S
     life.loads()
     folder = on_main(accelerator, lambda: workspace.check_run_folder(config, mode))
     train_folders, test_folders = on_main(accelerator, lambda: workspace.datasets_of(config))
-    store = together(accelerator, lambda: ClipStore([*train_folders, *test_folders], config.data.size))
+    data = config.data
+    store = together(accelerator, lambda: ClipStore([*train_folders, *test_folders], data.size, data.crops))
+    # Checkpoints carry the configuration: whoever answers other clips with one finds there how they must be cut.
+    data.crops = list(store.crops)
     plan = together(accelerator, lambda: _fold_plan(config, store, len(train_folders)))
     chosen = plan.folds
     if config.data.fold is not None:

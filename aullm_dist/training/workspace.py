@@ -41,6 +41,7 @@ _MAY_CHANGE = {
     "training.grace_seconds",
     "training.max_failures",
     "data.workers",
+    "data.crops",  # resolved from the datasets, which must not change
     "data.fold",
     "monitor.tensorboard",
     "monitor.log_every_steps",

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from aullm_dist.data import crops
+from aullm_dist.data.clips import ClipStore
 from aullm_dist.data.crops import Crop, NoRegion, Region, crop_names, get_crop
 from aullm_dist.data.frames import Cutter, load_clip
 from aullm_dist.data.prepare import prepare
@@ -205,3 +206,14 @@ def test_a_preparation_records_its_crop_and_leaves_out_clips_without_one(corpus,
     get_crop.cache_clear()
     with pytest.raises(UserError, match="prepared from other input or with other options"):
         prepare("casme2", corpus, tmp_path / "out", **options)
+
+
+def test_datasets_of_another_crop_are_refused(corpus, tmp_path):
+    for crop in ("none", "center"):
+        prepare("casme2", corpus, tmp_path / crop, size=16, crop=crop, num_workers=1)
+    assert ClipStore([tmp_path / "center"], 16).crops == ("center",)
+    assert ClipStore([tmp_path / "center"], 16, ["center"]).crops == ("center",)
+    with pytest.raises(UserError, match=r"none: crop none, but data.crops is center; prepare again with --crop center"):
+        ClipStore([tmp_path / "none"], 16, ["center"])
+    (tmp_path / "none" / "report.json").unlink()
+    assert ClipStore([tmp_path / "none"], 16).crops == ("unrecorded",)
