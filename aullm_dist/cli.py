@@ -50,9 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
         run_compare,
         run_evaluate,
     )
-    from aullm_dist.evaluation.predict_cli import add_predict_arguments, run_predict
     from aullm_dist.model.quantize_cli import add_quantize_arguments, run_quantize
     from aullm_dist.planning.plan_cli import add_plan_arguments, run_plan
+    from aullm_dist.release.predict_cli import add_predict_arguments, run_predict
     from aullm_dist.release.verify_cli import add_release_arguments, run_release_verify
     from aullm_dist.report.report_cli import add_report_arguments, run_report
     from aullm_dist.training.checkpoint_cli import add_checkpoint_arguments, run_checkpoint_verify
@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("evaluate", "print and write the tables of a run", add_evaluate_arguments, run_evaluate)
     add("compare", "print the difference of two runs, clip by clip paired", add_compare_arguments, run_compare)
     add("report", "write a page of tables and figures, or an ablation's table", add_report_arguments, run_report)
-    add("predict", "answer prepared clips with a trained checkpoint", add_predict_arguments, run_predict)
+    add("predict", "tell the AUs of clips with a trained model", add_predict_arguments, run_predict)
     add("checkpoint", "inspect checkpoints", add_checkpoint_arguments, run_checkpoint_verify)
     add("release", "inspect release folders", add_release_arguments, run_release_verify)
     add("doctor", "check this machine, or under srun the nodes of a job", add_doctor_arguments, run_doctor)

@@ -22,6 +22,8 @@ class Clip:
     sample_id: str
     frames: np.ndarray
     frame_numbers: np.ndarray
+    apex: int | None = None
+    """Number of the annotated apex frame, where there is an annotation."""
 
 
 class ClipStore:
@@ -99,7 +101,10 @@ def _crop_of(folder: Path, allowed: Sequence[str]) -> str:
     crop = recorded_crop(_report_of(folder))
     if allowed and crop not in allowed:
         wanted = " or ".join(allowed)
-        raise UserError(f"{folder}: crop {crop}, but data.crops is {wanted}; prepare again with --crop {wanted}")
+        raise UserError(
+            f"{folder}: was prepared with crop {crop}, but {wanted} is wanted, by data.crops or by what the model was "
+            f"trained on; prepare again with --crop {wanted}"
+        )
     return crop
 
 
@@ -130,7 +135,7 @@ def clip_of_row(row: Mapping[str, Any]) -> Clip:
     """Decode one row of a prepared dataset."""
     shape = (row["num_frames"], row["height"], row["width"])
     frames = np.frombuffer(row["frames"], dtype=np.uint8).reshape(shape)
-    return Clip(row["sample_id"], frames, np.asarray(row["frame_numbers"], dtype=np.int64))
+    return Clip(row["sample_id"], frames, np.asarray(row["frame_numbers"], dtype=np.int64), row.get("apex"))
 
 
 class ClipView:

@@ -7,7 +7,7 @@ nowhere else. A crop is written as `NAME` or `NAME:ARGUMENT`; other packages add
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
@@ -16,7 +16,7 @@ from PIL import Image
 
 from aullm_dist.errors import UserError
 
-__all__ = ["ENTRY_POINTS", "Crop", "NoRegion", "Region", "crop_names", "get_crop", "recorded_crop"]
+__all__ = ["ENTRY_POINTS", "Crop", "NoRegion", "Region", "crop_for", "crop_names", "get_crop", "recorded_crop"]
 
 ENTRY_POINTS = "aullm_dist.crops"
 UNRECORDED = "unrecorded"
@@ -138,6 +138,9 @@ _FACTORIES: dict[str, Callable[[str | None], Crop]] = {
 }
 
 
+_NEED_A_FILE = ("boxes", "landmarks")
+
+
 def crop_names() -> tuple[str, ...]:
     """Return the names that `--crop` takes, those of other packages last."""
     return (*_FACTORIES, *sorted(_plugins()))
@@ -178,3 +181,27 @@ def _plugins() -> dict[str, EntryPoint]:
 def recorded_crop(report: dict[str, object] | None) -> str:
     """Return the identity of the crop that a dataset was prepared with, from its report."""
     return UNRECORDED if report is None else str(report.get("crop", UNRECORDED))
+
+
+def crop_for(trained: Sequence[str], wanted: str | Crop | None = None) -> Crop:
+    """Return the crop to cut clips with for a model.
+
+    Args:
+        trained: identities of the crops of the clips that it was trained on; none where they are not known.
+        wanted: the crop, or as `get_crop` reads it; None takes the model's, where it needs no file.
+
+    Raises:
+        UserError: the crop is not one of the model's, or has to be given and was not.
+    """
+    names = " or ".join(trained)
+    if wanted is not None:
+        crop = wanted if isinstance(wanted, Crop) else get_crop(wanted)
+        if trained and crop.identity not in trained:
+            raise UserError(f"crop {crop.identity}: the model was trained on clips cut with {names}; allowed: {names}")
+        return crop
+    if len(trained) == 1 and trained[0] in crop_names():
+        if trained[0] in _NEED_A_FILE:
+            raise UserError(f"the model was trained on clips cut with {names}; give --crop {names}:FILE.csv for these")
+        return get_crop(trained[0])
+    known = f"was trained on clips cut with {names}" if trained else "does not say how its clips were cut"
+    raise UserError(f"the model {known}; say which crop these clips take with --crop, as in --crop center")

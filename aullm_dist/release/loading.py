@@ -1,11 +1,12 @@
 """A trained model in memory: from a release folder, or straight from a checkpoint."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -23,6 +24,7 @@ from aullm_dist.release.layout import (
     read_release_manifest,
 )
 from aullm_dist.release.origin import Origin, Thresholds, find_origin
+from aullm_dist.release.predicting import Prediction, predict
 from aullm_dist.training.build import BuiltModel, build_model
 from aullm_dist.training.checkpoint import SavedState, read_checkpoint
 from aullm_dist.training.compare import refuse_other_model
@@ -56,6 +58,10 @@ class Release:
     config: Config
     """The settings that the model was built from."""
     device: torch.device
+
+    def predict(self, frames: np.ndarray | Sequence[np.ndarray], **options: Any) -> Prediction:
+        """Answer one clip of frames in memory; arguments, shapes and errors as in `predicting.predict`."""
+        return predict(self, frames, **options)
 
 
 def load(

@@ -1,4 +1,4 @@
-"""Answers of a trained checkpoint on prepared clips, with the LLM whole in each process or divided as in training."""
+"""Answers of a trained checkpoint, with the LLM whole in each process or divided as in training."""
 
 import json
 from collections.abc import Sequence
@@ -9,11 +9,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from aullm_dist.config import Config, apply_overrides, from_dict, to_dict
-from aullm_dist.data.clips import ClipStore
+from aullm_dist.data.clips import ClipView
+from aullm_dist.data.inputs import InputClips
 from aullm_dist.errors import UserError
 from aullm_dist.log import get_logger
 from aullm_dist.training import engine
-from aullm_dist.training.build import BuiltModel, build_model, evaluation_recipe
+from aullm_dist.training.batches import ClipRecipe
+from aullm_dist.training.build import BuiltModel, build_model
 from aullm_dist.training.checkpoint import MODULES_CONFIG_FILE, read_checkpoint
 from aullm_dist.training.context import on_main, together
 from aullm_dist.training.heldout import Answers, HeldOut
@@ -91,9 +93,14 @@ def find_trained(path: Path, overrides: Sequence[str], processes: int) -> Traine
 
 
 def load_trained(accelerator: Accelerator, trained: Trained) -> tuple[BuiltModel, nn.Module]:
-    """Build the model of a checkpoint and read its weights; returns it and what the engine made of it.
+    """Build the model of a checkpoint, divide it as its engine does, and give it what the checkpoint holds.
 
-    Every process calls it, and `engine.release` when it is done.
+    Args:
+        accelerator: from `context.start` with the configuration of `trained`.
+        trained: from `find_trained`.
+
+    Returns:
+        The model, and the same as its engine wraps it, for `answer_clips` and `engine.release`.
 
     Raises:
         UserError: the checkpoint or its LLM cannot be used, or do not belong together.
@@ -103,7 +110,7 @@ def load_trained(accelerator: Accelerator, trained: Trained) -> tuple[BuiltModel
     sharding = engine.resolved(config.training, accelerator.num_processes)
     built = build_model(config, trained.aus, config.model.llm, placement_of(accelerator, sharding))
     built.model.to(accelerator.device)
-    model = engine.serve(accelerator, built.model)
+    served = engine.serve(accelerator, built.model)
     saved = together(
         accelerator,
         lambda: read_checkpoint(
@@ -113,28 +120,32 @@ def load_trained(accelerator: Accelerator, trained: Trained) -> tuple[BuiltModel
     saved.apply()
     logger.info("Checkpoint: %s, step %d", trained.folder, saved.trainer["step"])
     together(accelerator, lambda: self_check(config, built))
-    return built, model
+    return built, served
 
 
-def predict(accelerator: Accelerator, trained: Trained, datasets: Sequence[Path]) -> Answers:
-    """Answer every clip of prepared datasets; each process computes its share, all return all answers.
+def answer_clips(
+    accelerator: Accelerator,
+    model: nn.Module,
+    recipe: ClipRecipe,
+    aus: Sequence[int],
+    clips: ClipView | InputClips,
+    micro_batch: int,
+) -> Answers:
+    """Answer every clip; each process computes its share, all return all answers.
 
     Args:
-        accelerator: from `context.start` with the configuration of `trained`.
-        trained: from `find_trained`.
-        datasets: folders written by `aullm-dist prepare`.
+        accelerator: of the run.
+        model: with its weights in place, plain or as the engine wraps it.
+        recipe: how clips become tensors.
+        aus: AU numbers of the answers.
+        clips: the same on every process; a process asks for its share, and for the first.
+        micro_batch: clips per forward pass.
 
     Raises:
-        UserError: a dataset, the checkpoint or its LLM cannot be used, or do not belong together.
+        UserError: an answer is not finite.
     """
-    config = trained.config
-    store = together(accelerator, lambda: ClipStore(datasets, config.data.size))
-    built, model = load_trained(accelerator, trained)
-    held_out = HeldOut(accelerator, evaluation_recipe(config, built), trained.aus, config.training.micro_batch)
-    everything = store.view([sample.sample_id for sample in store.samples])
-    answers = held_out.answer(model, everything, name="Predicting")[None]
+    answers = HeldOut(accelerator, recipe, aus, micro_batch).answer(model, clips, name="Predicting")[None]
     on_main(accelerator, lambda: _refuse_not_finite(answers))
-    engine.release(accelerator, model)
     return answers
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from aullm_dist.data.crops import get_crop
-from aullm_dist.data.inputs import clip_of_arrays, is_dataset, read_clip
+from aullm_dist.data.reading import clip_of_arrays, is_dataset, read_clip
 from aullm_dist.errors import UserError
 
 
@@ -121,7 +121,7 @@ def test_bad_input_is_told_in_one_line(tmp_path, given, span, message):
 def test_the_libraries_say_nothing_of_their_own_about_a_damaged_video(tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
     code = (
-        "import sys; from aullm_dist.data.crops import get_crop; from aullm_dist.data.inputs import read_clip\n"
+        "import sys; from aullm_dist.data.crops import get_crop; from aullm_dist.data.reading import read_clip\n"
         "try: read_clip(sys.argv[1], size=32, crop=get_crop('none'))\n"
         "except ValueError as error: print(error)"
     )

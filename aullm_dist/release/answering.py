@@ -1,0 +1,162 @@
+"""A release or a checkpoint made ready to answer many clips, by one process or by several."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from aullm_dist.config import Config, apply_overrides, from_dict, to_dict
+from aullm_dist.data.inputs import InputClips
+from aullm_dist.errors import UserError
+from aullm_dist.log import get_logger
+from aullm_dist.release.layout import is_release
+from aullm_dist.release.loading import load
+from aullm_dist.release.origin import Thresholds, choose_release_thresholds, find_home, find_preparation
+from aullm_dist.release.predicting import crops_of
+from aullm_dist.training import context, engine
+from aullm_dist.training.batches import ClipRecipe
+from aullm_dist.training.build import evaluation_recipe
+from aullm_dist.training.heldout import Answers
+from aullm_dist.training.predict import answer_clips, find_trained, load_trained
+
+logger = get_logger(__name__)
+
+CHANGEABLE_OF_RELEASES = ("model.llm", "training.micro_batch", "training.cpu_threads")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputOptions:
+    """What the user asks about, as `InputClips` takes it."""
+
+    inputs: Sequence[str]
+    crop: str | None = None
+    onset: int | None = None
+    offset: int | None = None
+    only: Sequence[str] = ()
+    single: bool = False
+    """Whether there must be one clip, as for a picture."""
+
+    def open(self, config: Config, crops: Sequence[str]) -> InputClips:
+        """Return the clips, of which folders and videos are not read yet."""
+        clips = InputClips(
+            self.inputs, size=config.data.size, trained=crops, crop=self.crop, onset=self.onset, offset=self.offset,
+            only=self.only,
+        )  # fmt: skip
+        if self.single and len(clips) > 1:
+            raise UserError(f"--figure shows one clip, and there are {len(clips)}; choose it with --clip ID")
+        return clips
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answerer:
+    """A model in its place and the clips that it is to answer."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    served: nn.Module
+    """The same as its engine wraps it."""
+    recipe: ClipRecipe
+    path: Path
+    aus: tuple[int, ...]
+    thresholds: Thresholds
+    config: Config
+    clips: InputClips
+
+    def read(self) -> None:
+        """Read this process's share of folders and videos, and the clip that makes up for one that is missing.
+
+        Raises:
+            UserError: on every process, what the first of them found.
+        """
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        mine = sorted({0, *range(rank, len(self.clips), processes)})
+        context.together(self.accelerator, lambda: self.clips.read(i for i in mine if not self.clips.labelled[i]))
+
+    def answer(self) -> Answers:
+        """Answer every clip, together with the other processes.
+
+        Raises:
+            UserError: an answer is not finite.
+        """
+        micro_batch = self.config.training.micro_batch
+        return answer_clips(self.accelerator, self.served, self.recipe, self.aus, self.clips, micro_batch)
+
+    def close(self) -> None:
+        """Let go of the model and of the other processes."""
+        engine.release(self.accelerator, self.served)
+        context.stop(self.accelerator)
+
+
+def open_answerer(path: Path, overrides: Sequence[str], options: InputOptions) -> Answerer:
+    """Load a release folder, a checkpoint or a fold, for clips that were looked at before.
+
+    Args:
+        path: the folder.
+        overrides: `section.key=value` that say where and how to compute.
+        options: the clips.
+
+    Raises:
+        UserError: model, overrides or clips cannot be used, or do not belong together.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if is_release(path):
+        return _of_release(path, overrides, options, processes)
+    trained = find_trained(path, overrides, processes)
+    config = trained.config
+    accelerator = context.start(config.training)
+    home = find_home(trained.folder)
+    clips = context.together(
+        accelerator, lambda: options.open(config, crops_of(config, find_preparation(config, home).crop))
+    )
+    built, served = load_trained(accelerator, trained)
+    return Answerer(
+        accelerator=accelerator,
+        model=built.model,
+        served=served,
+        recipe=evaluation_recipe(config, built),
+        path=trained.folder,
+        aus=trained.aus,
+        thresholds=choose_release_thresholds(trained.folder, trained.aus, home),
+        config=config,
+        clips=clips,
+    )
+
+
+def _of_release(path: Path, overrides: Sequence[str], options: InputOptions, processes: int) -> Answerer:
+    """Every process loads the release whole."""
+    settings = dict(_checked(override) for override in overrides)
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    release = load(path, device=device, llm=settings.pop("model.llm", None))
+    config = from_dict(to_dict(release.config), str(path))
+    config.training.strategy = "ddp"
+    apply_overrides(config, [f"{key}={value}" for key, value in settings.items()])
+    config.training.global_batch = max(config.training.micro_batch, 1) * processes
+    config = from_dict(to_dict(config), f"{path} with overrides")
+    accelerator = context.start(config.training)
+    clips = context.together(accelerator, lambda: options.open(config, crops_of(config, release.crop)))
+    logger.info("Release: %s (%s)", path, release.format)
+    return Answerer(
+        accelerator=accelerator,
+        model=release.model,
+        served=engine.serve(accelerator, release.model),
+        recipe=ClipRecipe(num_frames=release.num_frames),
+        path=path,
+        aus=release.aus,
+        thresholds=release.thresholds,
+        config=config,
+        clips=clips,
+    )
+
+
+def _checked(override: str) -> tuple[str, str]:
+    key, _, value = override.partition("=")
+    if key.strip() not in CHANGEABLE_OF_RELEASES:
+        raise UserError(f"override {override!r}: a release brings it; allowed: {', '.join(CHANGEABLE_OF_RELEASES)}")
+    return key.strip(), value

@@ -1,0 +1,118 @@
+"""`aullm-dist predict RELEASE INPUT...`: the AUs of clips, by a release, a checkpoint or a fold of a run."""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aullm_dist.errors import UserError
+from aullm_dist.files import write_bytes, write_text
+
+if TYPE_CHECKING:
+    from aullm_dist.release.answering import Answerer
+    from aullm_dist.training.heldout import Answers
+
+_EPILOG = """\
+An input is a folder of frames, a video file, or a dataset that aullm-dist prepare wrote.
+
+Several processes share the clips, and of a checkpoint under zero3 the LLM:
+  accelerate launch --quiet --multi_gpu --num_processes 8 --module aullm_dist.cli predict RUN/fold-00 DATASET --out FILE
+"""
+_PICTURES = (".png", ".pdf", ".svg")
+
+
+def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `aullm-dist predict`."""
+    parser.epilog, parser.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("release", type=Path, metavar="RELEASE", help="a release, a checkpoint, or a fold of a run")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="folder of frames, video file or prepared dataset")
+    formats = parser.add_mutually_exclusive_group()
+    formats.add_argument("--csv", action="store_true", help="a row per clip and AU instead of tables")
+    formats.add_argument("--json", action="store_true", help="one object instead of tables")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write there, as CSV unless --json; must not exist")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="picture of one clip: .png, .pdf or .svg")
+    parser.add_argument("--onset", type=int, metavar="N", help="first frame of a folder or video (default: its own)")
+    parser.add_argument("--offset", type=int, metavar="N", help="last frame, inclusive (default: its own)")
+    parser.add_argument("--crop", metavar="CROP", help="as of aullm-dist prepare (default: the model's own)")
+    parser.add_argument("--clip", action="append", default=[], metavar="ID", help="answer this clip only; repeatable")
+    parser.add_argument("--llm", metavar="DIR", help="the base LLM, where it is no longer at its recorded place")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="section.key=value",
+        help="where and how to compute, such as training.strategy=zero3 or training.micro_batch=4; repeatable",
+    )  # fmt: skip
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    """Answer every clip, print or write the answers, and say how long it took.
+
+    Raises:
+        UserError: On bad input; the command line turns it into one line and exit code 2.
+    """
+    _check_outputs(args)
+    from aullm_dist.release.answering import InputOptions, open_answerer
+    from aullm_dist.training import context
+
+    overrides = [*args.set, *([f"model.llm={args.llm}"] if args.llm else [])]
+    options = InputOptions(
+        inputs=args.inputs, crop=args.crop, onset=args.onset, offset=args.offset, only=tuple(args.clip),
+        single=args.figure is not None,
+    )  # fmt: skip
+    started = time.monotonic()
+    answerer = open_answerer(args.release, overrides, options)
+    loaded = time.monotonic()
+    answerer.read()
+    answers = answerer.answer()
+    seconds = time.monotonic() - loaded
+    context.on_main(answerer.accelerator, lambda: _finish(args, answerer, answers, loaded - started, seconds))
+    answerer.close()
+    return 0
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    for option, path in (("--out", args.out), ("--figure", args.figure)):
+        if path is not None and path.exists():
+            raise UserError(f"{option} {path}: exists already; give the name of a new file")
+    if args.figure is None:
+        return
+    if args.figure.suffix.lower() not in _PICTURES:
+        raise UserError(f"--figure {args.figure}: allowed: a name that ends in {', '.join(_PICTURES)}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--figure is drawn by one process; start it without accelerate launch")
+
+
+def _finish(
+    args: argparse.Namespace,
+    answerer: "Answerer",
+    answers: "Answers",
+    loading: float,
+    seconds: float,
+) -> None:
+    from aullm_dist.log import get_logger
+    from aullm_dist.release.predict_picture import picture_of
+    from aullm_dist.release.predict_report import Predictions, render_csv, render_json, render_text, scores
+
+    logger = get_logger(__name__)
+    predictions = Predictions(
+        model=str(answerer.path),
+        answers=answers,
+        aus=answerer.aus,
+        thresholds=answerer.thresholds,
+        crop=answerer.clips.crop,
+    )
+    picture = picture_of(answerer, predictions, args.figure.suffix) if args.figure else None
+    if args.out:
+        write_text(args.out, (render_json if args.json else render_csv)(predictions))
+    else:
+        render = render_json if args.json else render_csv if args.csv else render_text
+        sys.stdout.write(render(predictions))
+    if picture is not None:
+        write_bytes(args.figure, picture)
+    count = len(answers.sample_ids)
+    logger.info(
+        "%d clip%s in %.1f s (%.1f clips/s), after %.1f s of loading%s",
+        count, "" if count == 1 else "s", seconds, count / seconds, loading, f": {args.out}" if args.out else "",
+    )  # fmt: skip
+    for line in scores(predictions, answerer.clips.labelled):
+        logger.info("%s", line)
