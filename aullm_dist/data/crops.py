@@ -9,7 +9,6 @@ nowhere else. A crop is written as `NAME` or `NAME:ARGUMENT`; other packages add
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 
 from PIL import Image
@@ -146,7 +145,6 @@ def crop_names() -> tuple[str, ...]:
     return (*_FACTORIES, *sorted(_plugins()))
 
 
-@lru_cache(maxsize=8)
 def get_crop(text: str) -> Crop:
     """Return the crop that is written as `NAME` or `NAME:ARGUMENT`.
 

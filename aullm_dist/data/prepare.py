@@ -87,7 +87,8 @@ def prepare(
     index = read_corpus(corpus, root, bad_rows="stop" if bad_clips == "stop" else "skip", errata=errata)
     plans, notes = plan_clips(index, bad_clips)
     groups = [plans[start : start + _CLIPS_PER_SHARD] for start in range(0, len(plans), _CLIPS_PER_SHARD)]
-    keys = [shard_key(group, size=size, crop=crop, bad_clips=bad_clips) for group in groups]
+    fitted = get_crop(crop)
+    keys = [shard_key(group, size=size, crop_fingerprint=fitted.fingerprint, bad_clips=bad_clips) for group in groups]
     notes = [*index.notes, *notes]
     told = [str(note) for note in notes] + ([fmt] if fmt != "arrow" else [])
     fingerprint = hashlib.sha256(json.dumps([corpus, keys, told]).encode()).hexdigest()
@@ -103,7 +104,8 @@ def prepare(
     work = out.with_name(out.name + ".partial")
     shards = _make_work_folder(work)
     tasks = [
-        ShardTask(shards, key, tuple(group), size, crop, bad_clips) for key, group in zip(keys, groups, strict=True)
+        ShardTask(shards, key, tuple(group), size, crop, fitted.fingerprint, bad_clips)
+        for key, group in zip(keys, groups, strict=True)
     ]
     with _work_or_nothing(work):
         _run_tasks(tasks, num_workers, progress or (lambda done, total: None))

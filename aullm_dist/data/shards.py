@@ -9,12 +9,13 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
 
-from aullm_dist.data.crops import NoRegion, get_crop
+from aullm_dist.data.crops import Crop, NoRegion, get_crop
 from aullm_dist.data.frames import load_clip
 from aullm_dist.errors import UserError
 
@@ -78,12 +79,14 @@ class ShardTask:
     clips: tuple[ClipPlan, ...]
     size: int
     crop: str
+    crop_fingerprint: str
+    """Of the crop when the preparation began."""
     bad_clips: BadClips
 
 
-def shard_key(clips: Sequence[ClipPlan], *, size: int, crop: str, bad_clips: BadClips) -> str:
+def shard_key(clips: Sequence[ClipPlan], *, size: int, crop_fingerprint: str, bad_clips: BadClips) -> str:
     """Return the hash of all that a shard's content depends on; files count by name, size and time of change."""
-    digest = hashlib.sha256(json.dumps([FORMAT, size, get_crop(crop).fingerprint, bad_clips]).encode())
+    digest = hashlib.sha256(json.dumps([FORMAT, size, crop_fingerprint, bad_clips]).encode())
     for clip in clips:
         stats = [(file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in clip.files]
         digest.update(json.dumps([clip.labels, clip.numbers, stats]).encode())
@@ -122,10 +125,21 @@ def run_shard(task: ShardTask) -> int:
     return len(task.clips)
 
 
+@lru_cache(maxsize=1)
+def _crop(text: str, fingerprint: str) -> Crop:
+    """Return the crop, made once in a worker: a detector may take long to load."""
+    crop = get_crop(text)
+    if crop.fingerprint != fingerprint:
+        raise UserError(f"--crop {text}: changed during the preparation; start it again")
+    return crop
+
+
 def _decode(clip: ClipPlan, task: ShardTask) -> tuple[dict[str, object] | None, str, str]:
     """Return the row of a clip or None, and what was done about unreadable frames (kind and text, or empty)."""
     try:
-        stack, failures = load_clip(clip.files, size=task.size, crop=get_crop(task.crop), clip=clip.sample_id)
+        stack, failures = load_clip(
+            clip.files, size=task.size, crop=_crop(task.crop, task.crop_fingerprint), clip=clip.sample_id
+        )
     except NoRegion as error:
         if task.bad_clips == "stop":
             raise UserError(f"{clip.sample_id}: {error}; or leave such clips out with --bad-clips skip") from error

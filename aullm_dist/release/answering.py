@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import nn
+from tqdm import tqdm
 
 from aullm_dist.config import Config, apply_overrides, from_dict, to_dict
 from aullm_dist.data.inputs import InputClips
@@ -25,6 +26,7 @@ from aullm_dist.training.predict import answer_clips, find_trained, load_trained
 
 logger = get_logger(__name__)
 
+_SHOWN_AFTER_SECONDS = 3.0
 CHANGEABLE_OF_RELEASES = ("model.llm", "training.micro_batch", "training.cpu_threads")
 
 
@@ -73,8 +75,10 @@ class Answerer:
             UserError: on every process, what the first of them found.
         """
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        mine = sorted({0, *range(rank, len(self.clips), processes)})
-        context.together(self.accelerator, lambda: self.clips.read(i for i in mine if not self.clips.labelled[i]))
+        mine = [i for i in sorted({0, *range(rank, len(self.clips), processes)}) if not self.clips.labelled[i]]
+        hidden = not self.accelerator.is_main_process
+        bar = tqdm(mine, desc="Reading", unit="clip", disable=hidden, delay=_SHOWN_AFTER_SECONDS, leave=False)
+        context.together(self.accelerator, lambda: self.clips.read(bar))
 
     def answer(self) -> Answers:
         """Answer every clip, together with the other processes.

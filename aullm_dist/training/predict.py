@@ -118,6 +118,7 @@ def load_trained(accelerator: Accelerator, trained: Trained) -> tuple[BuiltModel
         ),
     )
     saved.apply()
+    built.model.eval()
     logger.info("Checkpoint: %s, step %d", trained.folder, saved.trainer["step"])
     together(accelerator, lambda: self_check(config, built))
     return built, served

@@ -111,6 +111,7 @@ def test_folders_videos_arrays_and_releases_give_the_same_answer(run, clip, tmp_
     assert answers_in(capsys.readouterr().out) == {folder[0]: expected}
 
     model = aullm_dist.load(run / "fold-00", device="cpu")
+    assert model.config.data.crops == ["none"]
     answer = model.predict(np.concatenate([frames[:1], frames, frames[-1:]]), onset=1, offset=len(frames), explain=True)
     assert answer.logits.tolist() == expected
     assert answer.decisions.tolist() == (answer.probabilities > answer.thresholds).tolist()

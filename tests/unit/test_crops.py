@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aullm_dist.data import crops
+from aullm_dist.data import crops, shards
 from aullm_dist.data.clips import ClipStore
-from aullm_dist.data.crops import Crop, NoRegion, Region, crop_names, get_crop
+from aullm_dist.data.crops import Crop, NoRegion, Region, crop_for, crop_names, get_crop
 from aullm_dist.data.frames import Cutter, load_clip
 from aullm_dist.data.prepare import prepare
 from aullm_dist.data.synthetic import SyntheticSpec, write_corpus
@@ -170,16 +170,13 @@ class _Point:
 def test_other_packages_add_crops(monkeypatch):
     crop = _Counting()
     monkeypatch.setattr(crops, "entry_points", lambda group: [_Point(crop)] if group == crops.ENTRY_POINTS else [])
-    get_crop.cache_clear()
     assert crop_names()[-1] == "elsewhere"
     assert get_crop("elsewhere") is crop
     with pytest.raises(UserError, match=r"elsewhere:make returned no aullm_dist.data.crops.Crop"):
         get_crop("elsewhere:argument")
     monkeypatch.setattr(crops, "entry_points", lambda group: [_Point(ImportError)])
-    get_crop.cache_clear()
     with pytest.raises(UserError, match=r"elsewhere:make cannot be loaded \(no module\)"):
         get_crop("elsewhere")
-    get_crop.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +200,6 @@ def test_a_preparation_records_its_crop_and_leaves_out_clips_without_one(corpus,
     assert prepare("casme2", corpus, tmp_path / "out", **options)["already_prepared"]
     # Other boxes are another preparation, though the file has the same name.
     table(file, header, f"{ids[0]},0,0,32,30")
-    get_crop.cache_clear()
     with pytest.raises(UserError, match="prepared from other input or with other options"):
         prepare("casme2", corpus, tmp_path / "out", **options)
 
@@ -219,3 +215,29 @@ def test_datasets_of_another_crop_are_refused(corpus, tmp_path):
         ClipStore([tmp_path / "none"], 16, ["center"])
     (tmp_path / "none" / "report.json").unlink()
     assert ClipStore([tmp_path / "none"], 16).crops == ("unrecorded",)
+
+
+def test_a_prediction_takes_the_crop_that_the_model_was_trained_on(tmp_path):
+    assert crop_for(["center"]).identity == "center"
+    assert crop_for(["center", "none"], "none").identity == "none"
+    assert crop_for(["counting"], crop := _Counting()) is crop
+    assert crop_for([], "cascade").identity == "cascade"
+    for trained, wanted, message in (
+        (["center"], "none", "crop none: the model was trained on clips cut with center; allowed: center"),
+        (["center"], _Counting(), "crop counting: the model was trained on clips cut with center"),
+        (["boxes"], None, "give --crop boxes:FILE.csv for these"),
+        (["center", "none"], None, "was trained on clips cut with center or none; say which"),
+        (["detector-of-others"], None, "was trained on clips cut with detector-of-others; say which"),
+        ([], None, "does not say how its clips were cut; say which"),
+    ):
+        with pytest.raises(UserError) as caught:
+            crop_for(trained, wanted)
+        assert message in str(caught.value)
+
+
+def test_a_table_that_changes_during_a_preparation_is_noticed(tmp_path):
+    file = table(tmp_path / "boxes.csv", "clip,left,top,right,bottom", "*,0,0,32,32")
+    text, before = f"boxes:{file}", get_crop(f"boxes:{file}").fingerprint
+    table(file, "clip,left,top,right,bottom", "*,0,0,32,31")
+    with pytest.raises(UserError, match="changed during the preparation; start it again"):
+        shards._crop(text, before)

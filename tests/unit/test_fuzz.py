@@ -282,7 +282,7 @@ def test_damaged_clip_trees_are_read_or_refused(releases, seed):
         try:
             plans, notes = plan_clips(read_corpus(name, root, bad_rows="skip"), mode)
             assert all("\n" not in str(note) for note in notes)
-            run_shard(ShardTask(Path(folder), f"shard-{mode}", tuple(plans), 8, "none", mode))
+            run_shard(ShardTask(Path(folder), f"shard-{mode}", tuple(plans), 8, "none", "none", mode))
         except UserError as error:
             assert "\n" not in str(error)
             assert str(root) in str(error) or name in str(error)
