@@ -79,8 +79,8 @@ def draw_prediction(picture: PredictionPicture) -> Figure:
     onset, _, last = picture.numbers
     clip = picture.clip if len(picture.clip) <= _TITLE else f"...{picture.clip[-_TITLE:]}"
     figure.suptitle(f"{clip}, frames {onset} to {last}", fontsize=FONT_POINTS + 4, x=0.02, ha="left")
-    policy = textwrap.fill(f"Thresholds: {picture.policy}. {_NOTE}", 150)
-    figure.supxlabel(f"{policy}\nModel: {picture.model}", fontsize=FONT_POINTS - 1, x=0.02, ha="left")
+    policy = textwrap.fill(f"Thresholds: {picture.policy}", 160)
+    figure.supxlabel(f"{policy}\nModel: {picture.model}\n{_NOTE}", fontsize=FONT_POINTS - 1, x=0.02, ha="left")
     return figure
 
 
@@ -104,7 +104,7 @@ def _draw_faces(figure: SubFigure, picture: PredictionPicture) -> None:
     image = axes[2].imshow(change, cmap=DIVERGING, vmin=-limit, vmax=limit)
     axes[2].set_title("Change between the two", fontsize=FONT_POINTS + 1)
     bare(axes[2])
-    _colour_bar(figure, image, axes[2], "gray levels")
+    _colour_bar(figure, image, axes[2], "darker (-) or brighter (+), gray levels")
     if picture.evidence is not None:
         image = draw_evidence(axes[3], picture.frames[1], picture.evidence, picture.grid, clip_size=picture.clip_size)
         axes[3].set_title("Where the evidence was taken", fontsize=FONT_POINTS + 1)
