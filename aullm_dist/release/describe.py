@@ -53,7 +53,11 @@ def describe(origin: Origin, prompt: Prompt, format: Format) -> dict[str, Any]:
         "prompt": prompt_facts(prompt),
         "base": origin.manifest["base"],
         "function": function,
-        "settings": {"model": settings, "data": shape, "training": {"precision": config.training.precision}},
+        "settings": {
+            "model": settings,
+            "data": {**shape, "crops": list(config.data.crops)},
+            "training": {"precision": config.training.precision},
+        },
     }
 
 

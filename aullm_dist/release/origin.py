@@ -131,14 +131,15 @@ def choose_release_thresholds(checkpoint: Path, aus: Sequence[int], home: Home |
 
 
 def find_preparation(config: Config, home: Home | None) -> Preparation:
-    """Return how the training clips were prepared, from the reports of the datasets that are still there."""
+    """Return how the training clips were prepared: from the checkpoint, and from the reports that are still there."""
     folders = [Path(folder) for folder in config.data.train]
     if not folders and home is not None:
         # A synthetic corpus lies below the run that generated it.
         folders = sorted((home.run / "dataset").glob("*"))
     found = {folder: report for folder in folders if (report := _read_report(folder)) is not None}
-    crops = [_crop_of(report) for report in found.values()]
-    same = bool(found) and len(found) == len(folders) and all(crop == crops[0] for crop in crops)
+    crops = [{"name": name} for name in config.data.crops] or [_crop_of(report) for report in found.values()]
+    known = bool(config.data.crops) or (bool(found) and len(found) == len(folders))
+    same = known and all(crop == crops[0] for crop in crops)
     drawn = [(Path(report.get("root", "")) / SPEC_FILE).is_file() for report in found.values()]
     return Preparation(
         corpora=_training_corpora(list(found.values()), home),

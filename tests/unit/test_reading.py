@@ -101,6 +101,7 @@ def test_the_crop_sees_the_onset_frame_and_frames_outside_the_span_are_left_out(
         ("damaged", {}, "img16.png: cannot be read as an image"),
         ("text.mp4", {}, "text.mp4: cannot be read as a video; give one that FFmpeg decodes"),
         ("cut.avi", {}, "cut.avi: cannot be read as a video"),
+        ("clip", {"crop": "cascade"}, "clip: no face found in the onset frame; give its place with --crop boxes:FILE"),
     ],
 )
 def test_bad_input_is_told_in_one_line(tmp_path, given, span, message):
@@ -113,7 +114,7 @@ def test_bad_input_is_told_in_one_line(tmp_path, given, span, message):
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "cut.avi").write_bytes(write_video(tmp_path / "clip.avi", frames).read_bytes()[:100])
     with pytest.raises(UserError) as caught:
-        read_clip(tmp_path / given, size=32, crop=get_crop("none"), **span)
+        read_clip(tmp_path / given, size=32, **{**span, "crop": get_crop(span.get("crop", "none"))})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
