@@ -28,7 +28,7 @@ class CascadeCrop(Crop):
         faces = self._classifier.detectMultiScale(gray, scaleFactor=1.05, minNeighbors=4, minSize=(smallest, smallest))
         if len(faces) == 0:
             raise NoRegion(
-                "no face found in the onset frame; give its place with --crop boxes:FILE.csv, or use center or none"
+                "no face found in the onset frame; allowed: an upright face from the front, at least a fifth of it"
             )
         x, y, side = max(((int(x), int(y), int(w)) for x, y, w, _ in faces), key=lambda face: (face[2], face))
         wide = min(side * (1 + 2 * _MARGIN), width, height)

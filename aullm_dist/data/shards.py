@@ -142,7 +142,9 @@ def _decode(clip: ClipPlan, task: ShardTask) -> tuple[dict[str, object] | None, 
         )
     except NoRegion as error:
         if task.bad_clips == "stop":
-            raise UserError(f"{clip.sample_id}: {error}; or leave such clips out with --bad-clips skip") from error
+            raise UserError(
+                f"{clip.sample_id}: {error}; choose another --crop, or use --bad-clips repair|skip"
+            ) from error
         return None, "skipped", str(error)
     kind, text = "", ""
     if failures:

@@ -106,6 +106,8 @@ def open_answerer(path: Path, overrides: Sequence[str], options: InputOptions) -
     Raises:
         UserError: model, overrides or clips cannot be used, or do not belong together.
     """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; allowed: a release, a checkpoint or a fold of a run")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if is_release(path):
         return _of_release(path, overrides, options, processes)

@@ -142,6 +142,7 @@ def test_a_table_names_each_au(run, tiny_dataset, clip, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"release": "{tmp}/nowhere"}, "nowhere: no such folder; allowed: a release, a checkpoint or a fold of a run"),
         ({"release": "{run}"}, "holds no valid checkpoint; give a checkpoint or a fold"),
         ({"out": "{dataset}"}, "exists already; give the name of a new file"),
         ({"figure": "{dataset}"}, "exists already; give the name of a new file"),

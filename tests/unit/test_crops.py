@@ -123,7 +123,7 @@ def test_the_cascade_finds_the_face_wherever_it_is(tmp_path):
 
 
 def test_no_face_is_told_and_not_guessed():
-    with pytest.raises(NoRegion, match=r"no face found in the onset frame; give its place with --crop boxes:FILE"):
+    with pytest.raises(NoRegion, match="no face found in the onset frame; allowed: an upright face from the front"):
         get_crop("cascade").fit(Image.new("L", (200, 200), 90), "clip")
 
 
@@ -190,7 +190,7 @@ def test_a_preparation_records_its_crop_and_leaves_out_clips_without_one(corpus,
     ids = sorted(f"casme2/{path.parent.name}/{path.name}" for path in corpus.glob("CASME2_RAW*/*/*"))
     header = "clip,left,top,right,bottom"
     file = table(tmp_path / "boxes.csv", header, f"{ids[0]},0,0,32,32")
-    with pytest.raises(UserError, match=rf"{ids[1]}: no row for this clip in .*; or leave such clips out with"):
+    with pytest.raises(UserError, match=rf"{ids[1]}: no row for this clip in .*; choose another --crop, or use --bad"):
         prepare("casme2", corpus, tmp_path / "out", size=16, crop=f"boxes:{file}", num_workers=1)
     assert not (tmp_path / "out").exists()
     options = {"size": 16, "crop": f"boxes:{file}", "num_workers": 1, "bad_clips": "skip"}

@@ -101,7 +101,7 @@ def test_the_crop_sees_the_onset_frame_and_frames_outside_the_span_are_left_out(
         ("damaged", {}, "img16.png: cannot be read as an image"),
         ("text.mp4", {}, "text.mp4: cannot be read as a video; give one that FFmpeg decodes"),
         ("cut.avi", {}, "cut.avi: cannot be read as a video"),
-        ("clip", {"crop": "cascade"}, "clip: no face found in the onset frame; give its place with --crop boxes:FILE"),
+        ("clip", {"crop": "cascade"}, "clip: no face found in the onset frame; allowed: an upright face"),
     ],
 )
 def test_bad_input_is_told_in_one_line(tmp_path, given, span, message):
