@@ -81,13 +81,13 @@ def prepare(
     Raises:
         UserError: Bad arguments, bad input under "stop", or `out` is taken.
     """
-    _check_arguments(corpus, size, crop, bad_clips, num_workers, fmt)
+    _check_arguments(corpus, size, bad_clips, num_workers, fmt)
+    fitted = get_crop(crop)
     out = _outside(root, Path(out).expanduser().absolute())
     previous = _previous_report(out)
     index = read_corpus(corpus, root, bad_rows="stop" if bad_clips == "stop" else "skip", errata=errata)
     plans, notes = plan_clips(index, bad_clips)
     groups = [plans[start : start + _CLIPS_PER_SHARD] for start in range(0, len(plans), _CLIPS_PER_SHARD)]
-    fitted = get_crop(crop)
     keys = [shard_key(group, size=size, crop_fingerprint=fitted.fingerprint, bad_clips=bad_clips) for group in groups]
     notes = [*index.notes, *notes]
     told = [str(note) for note in notes] + ([fmt] if fmt != "arrow" else [])
@@ -110,7 +110,7 @@ def prepare(
     with _work_or_nothing(work):
         _run_tasks(tasks, num_workers, progress or (lambda done, total: None))
         summaries = [json.loads(shard_paths(shards, key)[1].read_text()) for key in keys]
-        report = _report(index, root, size, crop, bad_clips, notes, summaries, fingerprint)
+        report = _report(index, root, size, (fitted.identity, crop), bad_clips, notes, summaries, fingerprint)
     _publish([shard_paths(shards, key)[0] for key in keys], report, work, out, fmt)
     return {**report, "already_prepared": False}
 
@@ -137,11 +137,10 @@ def _outside(root: str | Path, out: Path) -> Path:
     return out
 
 
-def _check_arguments(corpus: str, size: int, crop: str, bad_clips: str, num_workers: int | None, fmt: str) -> None:
+def _check_arguments(corpus: str, size: int, bad_clips: str, num_workers: int | None, fmt: str) -> None:
     get_corpus(corpus)
     if not 8 <= size <= _MAX_SIZE:
         raise UserError(f"--size {size}: allowed: 8 to {_MAX_SIZE} pixels")
-    get_crop(crop)
     if bad_clips not in get_args(BadClips):
         raise UserError(f"--bad-clips {bad_clips}: allowed: {', '.join(get_args(BadClips))}")
     if fmt not in FORMATS:
@@ -216,7 +215,7 @@ def _report(
     index: CorpusIndex,
     root: str | Path,
     size: int,
-    crop: str,
+    crop: tuple[str, str],
     bad_clips: str,
     notes: Sequence[Note],
     summaries: Sequence[dict],
@@ -239,8 +238,8 @@ def _report(
         "frames_root": str(index.frames_root),
         "workbook": {"file": str(index.table.file), "sheet": index.table.sheet, "sha256": index.table.sha256()},
         "size": size,
-        "crop": get_crop(crop).identity,
-        "crop_argument": crop.partition(":")[2] or None,
+        "crop": crop[0],
+        "crop_argument": crop[1].partition(":")[2] or None,
         "bad_clips": bad_clips,
         "fps": spec.fps,
         "num_clips": len(clips),
