@@ -17,7 +17,13 @@ import aullm_dist
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # Distribution -> the name it is imported by, where the two differ.
-IMPORT_NAMES = {"nvidia-ml-py": "pynvml", "pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
+IMPORT_NAMES = {
+    "nvidia-ml-py": "pynvml",
+    "opencv-python-headless": "cv2",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+}
 # Tools that nothing imports: distribution -> the file that uses it, and a text of that use.
 TOOLS = {
     "build": ("tests/run/test_packaging.py", '"-m", "build"'),
