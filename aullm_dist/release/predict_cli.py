@@ -11,8 +11,10 @@ from aullm_dist.errors import UserError
 from aullm_dist.files import write_bytes, write_text
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from aullm_dist.release.answering import Answerer
-    from aullm_dist.training.heldout import Answers
+    from aullm_dist.release.predict_report import Predictions
 
 _EPILOG = """\
 An input is a folder of frames, a video file, or a dataset that aullm-dist prepare wrote.
@@ -51,7 +53,9 @@ def run_predict(args: argparse.Namespace) -> int:
         UserError: On bad input; the command line turns it into one line and exit code 2.
     """
     _check_outputs(args)
+    from aullm_dist import log
     from aullm_dist.release.answering import InputOptions, open_answerer
+    from aullm_dist.release.predict_report import Predictions
     from aullm_dist.training import context
 
     overrides = [*args.set, *([f"model.llm={args.llm}"] if args.llm else [])]
@@ -64,9 +68,19 @@ def run_predict(args: argparse.Namespace) -> int:
     loaded = time.monotonic()
     answerer.read()
     answers = answerer.answer()
-    seconds = time.monotonic() - loaded
-    context.on_main(answerer.accelerator, lambda: _finish(args, answerer, answers, loaded - started, seconds))
+    times = (loaded - started, time.monotonic() - loaded)
+    predictions = Predictions(
+        model=str(answerer.path),
+        answers=answers,
+        aus=answerer.aus,
+        thresholds=answerer.thresholds,
+        crop=answerer.clips.crop,
+    )
+    context.on_main(answerer.accelerator, lambda: _write(args, answerer, predictions))
     answerer.close()
+    # Whoever reads stdout may stop reading; the other processes have left by then.
+    if log.is_main_process():
+        _print(args, predictions, answerer.clips.labelled, times)
     return 0
 
 
@@ -82,37 +96,35 @@ def _check_outputs(args: argparse.Namespace) -> None:
         raise UserError("--figure is drawn by one process; start it without accelerate launch")
 
 
-def _finish(
-    args: argparse.Namespace,
-    answerer: "Answerer",
-    answers: "Answers",
-    loading: float,
-    seconds: float,
-) -> None:
-    from aullm_dist.log import get_logger
-    from aullm_dist.release.predict_picture import picture_of
-    from aullm_dist.release.predict_report import Predictions, render_csv, render_json, render_text, scores
+def _write(args: argparse.Namespace, answerer: "Answerer", predictions: "Predictions") -> None:
+    from aullm_dist.release.predict_report import render_csv, render_json
 
-    logger = get_logger(__name__)
-    predictions = Predictions(
-        model=str(answerer.path),
-        answers=answers,
-        aus=answerer.aus,
-        thresholds=answerer.thresholds,
-        crop=answerer.clips.crop,
-    )
-    picture = picture_of(answerer, predictions, args.figure.suffix) if args.figure else None
+    picture = None
+    if args.figure:
+        from aullm_dist.release.predict_picture import picture_of
+
+        picture = picture_of(answerer, predictions, args.figure.suffix)
     if args.out:
         write_text(args.out, (render_json if args.json else render_csv)(predictions))
-    else:
-        render = render_json if args.json else render_csv if args.csv else render_text
-        sys.stdout.write(render(predictions))
     if picture is not None:
         write_bytes(args.figure, picture)
-    count = len(answers.sample_ids)
+
+
+def _print(
+    args: argparse.Namespace, predictions: "Predictions", labelled: "np.ndarray", times: tuple[float, float]
+) -> None:
+    from aullm_dist.log import get_logger
+    from aullm_dist.release.predict_report import render_csv, render_json, render_text, scores
+
+    logger = get_logger(__name__)
+    if not args.out:
+        render = render_json if args.json else render_csv if args.csv else render_text
+        sys.stdout.write(render(predictions))
+    loading, seconds = times
+    count = len(predictions.answers.sample_ids)
     logger.info(
         "%d clip%s in %.1f s (%.1f clips/s), after %.1f s of loading%s",
         count, "" if count == 1 else "s", seconds, count / seconds, loading, f": {args.out}" if args.out else "",
     )  # fmt: skip
-    for line in scores(predictions, answerer.clips.labelled):
+    for line in scores(predictions, labelled):
         logger.info("%s", line)
