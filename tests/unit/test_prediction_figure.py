@@ -14,7 +14,7 @@ from aullm_dist.model.relations import build_relations
 AUS = (1, 2, 4, 12)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def picture() -> PredictionPicture:
     rng = np.random.default_rng(0)
     edges = build_relations(AUS).describe()
@@ -40,7 +40,6 @@ def picture() -> PredictionPicture:
 
 def axes_of(picture: PredictionPicture) -> list:
     figure = draw_prediction(picture)
-    figure.canvas.draw()
     return figure.get_axes() + [ax for part in figure.subfigs for ax in part.get_axes()]
 
 
@@ -81,4 +80,5 @@ def test_noise_is_not_coloured_as_movement(picture):
 
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")])
 def test_pictures_are_written_in_three_formats(picture, suffix, start):
-    assert render_prediction(picture, suffix).startswith(start)
+    small = dataclasses.replace(picture, grid=None, evidence=None, edges=(), strengths=None)
+    assert render_prediction(small, suffix).startswith(start)
