@@ -36,7 +36,7 @@ from aullm_dist.training.step import TrainStep
 CASE = Case(16, 3)
 STEP_MS, BAR = 100.0, 0.01
 """The cost may be this share of a step of this length."""
-HELD_OUT_CLIPS = 200
+HELD_OUT_CLIPS, EVALUATIONS = 200, 3
 
 
 class NoClock(StepClock):
@@ -109,8 +109,8 @@ def measure(bench: Bench, folder: Path) -> dict:
     every = {"clock": 1, "logged": each, "sampled": settings.communication_every_steps}
     per_step = [sum(costs[name][kind] / steps for name, steps in every.items()) for kind in (0, 1)]
     watched, alone = in_turns(bench, loop, each)
-    evaluation = evaluation_of(bench, loop.config, monitor, folder)
     monitor.close()
+    evaluation = evaluation_of(bench, loop.config, folder / "evaluations")
     return {
         "milliseconds": {name: [1e3 * seconds for seconds in pair] for name, pair in costs.items()},
         "every_steps": every,
@@ -207,37 +207,29 @@ def in_turns(bench: Bench, loop: Loop, each: int) -> tuple[list[float], list[flo
     return watched, alone
 
 
-def evaluation_of(bench: Bench, config: Config, monitor: Monitor, folder: Path) -> dict[str, float]:
+def evaluation_of(bench: Bench, config: Config, folder: Path) -> dict[str, float]:
     """Return seconds that the pictures of an evaluation take, and bytes that they leave behind."""
+    monitor = Monitor(folder, active=True, purge_step=None)
     view = clips_in_memory(HELD_OUT_CLIPS, config.data.size)
     pictures = Pictures(bench.accelerator, config, bench.built, view, AUS)
     ids, subjects, corpora = zip(*((s.sample_id, s.subject, s.corpus) for s in view.samples), strict=True)
     logits = np.random.default_rng(0).normal(size=(len(view), len(AUS)))
     answers = Answers(ids, subjects, corpora, view.labels(AUS), logits)
     seconds, explained = [], []
-    before = _size(monitor, folder)
-    for number in range(3):
+    for number in range(EVALUATIONS):
         started = time.perf_counter()
         pictures.show(bench.built.model, answers, monitor, number)
         seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
-        pictures._explainer.explain(bench.built.model)
+        pictures.explainer.explain(bench.built.model)
         explained.append(time.perf_counter() - started)
     monitor.close()
-    grown = _size(monitor, folder) - before
-    projector = sum(path.stat().st_size for path in (folder / "events" / "projector").iterdir())
+    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    events = sum(size for path, size in sizes.items() if path.name.startswith("events.out."))
     return {
         "seconds": min(seconds), "of_that_the_model": min(explained), "first_seconds": seconds[0],
-        "event_bytes": grown / 3, "projector_bytes": projector, "clips": HELD_OUT_CLIPS,
+        "event_bytes": events / EVALUATIONS, "projector_bytes": sum(sizes.values()) - events, "clips": HELD_OUT_CLIPS,
     }  # fmt: skip
-
-
-def _size(monitor: Monitor, folder: Path) -> int:
-    deadline = time.monotonic() + 5
-    # The writer's thread has nothing left to do when its queue is empty.
-    while not monitor._file._queue.empty() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return sum(path.stat().st_size for path in (folder / "events").glob("events.out.*"))
 
 
 def page(report: dict) -> list[str]:

@@ -26,6 +26,9 @@ class Pictures:
         built: the model, as it was built.
         view: the held-out clips that are shown.
         aus: AU numbers.
+
+    Attributes:
+        explainer: of the clips that are shown.
     """
 
     def __init__(
@@ -36,7 +39,7 @@ class Pictures:
         self._labels = view.labels(aus)
         self._drawn = min(monitor.clips, len(view))
         self._chosen = choose_clips(self._labels, self._drawn, max(self._drawn, monitor.projector_clips))
-        self._explainer = Explainer(accelerator, config, built.relations, view, self._chosen, self._drawn)
+        self.explainer = Explainer(accelerator, config, built.relations, view, self._chosen, self._drawn)
 
     def show(
         self, model: nn.Module, answers: Answers, monitor: Monitor, step: int, tick: Callable[[], None] = lambda: None
@@ -51,7 +54,7 @@ class Pictures:
             tick: called after each micro-batch, may raise `Preempted`.
         """
         norms = update_norms(self._built.model)
-        explained = self._explainer.explain(model, tick) if self._chosen else None
+        explained = self.explainer.explain(model, tick) if self._chosen else None
         if not monitor.works:
             return
         self._curves(answers, monitor, step)
@@ -87,7 +90,7 @@ class Pictures:
         grid = self._built.model.visual.cell_grid
         figure, axes = new_figure(3.6, 1.95 * self._drawn, self._drawn, 2)
         for place in range(self._drawn):
-            frames = self._explainer.frames(place)
+            frames = self.explainer.frames(place)
             weights = explained.factual["evidence"][place].reshape(grid)
             # Cells of the clip's first half lie over its onset, the others over where it has changed most.
             half = max(grid[0] // 2, 1)
@@ -159,7 +162,7 @@ class Pictures:
         frames = None
         if self._config.monitor.images:
             frames = np.stack(
-                [self._explainer.frames(place)[self._config.data.num_frames // 2] for place in range(shown)]
+                [self.explainer.frames(place)[self._config.data.num_frames // 2] for place in range(shown)]
             )
         try:
             write_projector(monitor.folder, vectors, header, rows, frames)
