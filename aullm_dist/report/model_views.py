@@ -53,20 +53,20 @@ class Models:
         """Open the clips that a run's model is shown.
 
         Raises:
-            UserError: they are not there, are of another size, or are not those that the run was trained on.
+            UserError: they are not there, are of another size or crop, or are not those that the run was trained on.
         """
-        size = trained.config.data.size
+        size, crops = trained.config.data.size, trained.config.data.crops
         if self.datasets:
-            return ClipStore(self.datasets, size)
+            return ClipStore(self.datasets, size, crops)
         config = load(run / CONFIG_FILE)
         named = [Path(path) for path in (*config.data.train, *config.data.test)]
         if named:
-            return _of_the_run(run, [ClipStore(named, size)])
+            return _of_the_run(run, [ClipStore(named, size, crops)])
         # A synthetic corpus lies below the run, perhaps beside those of earlier settings.
         folders = sorted(path.parent for path in (run / "dataset").glob("*/dataset_info.json"))
         if not folders:
             raise UserError(f"{run}/dataset: the run's synthetic corpus is gone; train again, or give --data")
-        return _of_the_run(run, [ClipStore([folder], size) for folder in folders])
+        return _of_the_run(run, [ClipStore([folder], size, crops) for folder in folders])
 
     def explain(self, run: Path, fold: Fold, store: ClipStore | None = None) -> tuple[Explained, ClipStore]:
         """Show the clips of `store`, or those of the run, to the newest valid checkpoint of a fold.

@@ -113,3 +113,9 @@ def test_no_pickle_and_no_blanket_excuses():
                 assert caught not in {"Exception", "BaseException", "everything"}, (
                     f"{path}:{node.lineno} catches {caught}"
                 )
+
+
+def test_every_test_file_has_a_name_of_its_own():
+    """Without packages in `tests`, two files of one name cannot be collected together."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
