@@ -2,6 +2,8 @@
 
 import json
 import logging
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,6 +71,42 @@ def test_peaks_of_known_gpus(monkeypatch, name, precision, peak):
     assert peak_flops(torch.device("cuda"), precision) == peak
     assert peak_flops(torch.device("cpu"), precision) is None
     assert Power(torch.device("cpu")).watts() == {}
+
+
+class NVML:
+    """Stands for pynvml."""
+
+    class NVMLError(Exception):
+        """What it raises."""
+
+    def __init__(self, watts):
+        self.watts = watts
+
+    def nvmlInit(self):
+        if self.watts is None:
+            raise self.NVMLError("Driver Not Loaded")
+
+    def nvmlDeviceGetHandleByUUID(self, identity):
+        return identity
+
+    def nvmlDeviceGetPowerUsage(self, handle):
+        assert handle == b"GPU-01ab"
+        if not self.watts:
+            raise self.NVMLError("GPU is lost")
+        return self.watts.pop(0)
+
+
+def test_power_is_logged_where_nvml_tells_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="01ab"))
+    gpu = torch.device("cuda")
+    monkeypatch.setitem(sys.modules, "pynvml", NVML([312_500]))
+    power = Power(gpu)
+    assert power.watts() == {"power_watts": 312.5}
+    assert power.watts() == {} == power.watts(), "a GPU that is lost stops nothing here"
+    monkeypatch.setitem(sys.modules, "pynvml", NVML(None))
+    assert Power(gpu).watts() == {}
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert Power(gpu).watts() == {}
 
 
 def test_the_first_clips_show_many_aus_and_the_others_lie_evenly():
