@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     from aullm_dist.model.quantize_cli import add_quantize_arguments, run_quantize
     from aullm_dist.planning.plan_cli import add_plan_arguments, run_plan
+    from aullm_dist.release.merge_cli import add_merge_arguments, run_merge
     from aullm_dist.release.predict_cli import add_predict_arguments, run_predict
     from aullm_dist.release.verify_cli import add_release_arguments, run_release_verify
     from aullm_dist.report.report_cli import add_report_arguments, run_report
@@ -81,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("compare", "print the difference of two runs, clip by clip paired", add_compare_arguments, run_compare)
     add("report", "write a page of tables and figures, or an ablation's table", add_report_arguments, run_report)
     add("predict", "tell the AUs of clips with a trained model", add_predict_arguments, run_predict)
+    add("merge", "write a trained LLM with its LoRA merged, or a release folder", add_merge_arguments, run_merge)
     add("checkpoint", "inspect checkpoints", add_checkpoint_arguments, run_checkpoint_verify)
     add("release", "inspect release folders", add_release_arguments, run_release_verify)
     add("doctor", "check this machine, or under srun the nodes of a job", add_doctor_arguments, run_doctor)

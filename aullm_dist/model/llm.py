@@ -198,13 +198,7 @@ class _ModelFiles:
     @property
     def folder(self) -> str:
         """The local folder of its files, which are downloaded if they are not there yet."""
-        if self.is_local:
-            return self.source
-        try:
-            # Some repositories hold the weights a second time, under other names.
-            return snapshot_download(self.source, allow_patterns=["*.json", "model*.safetensors"])
-        except _LIBRARY_ERRORS as error:
-            raise _no_model(self.source, error) from error
+        return self.source if self.is_local else _downloaded(self.source)
 
 
 def _describe(
@@ -264,6 +258,25 @@ def _resolve(name_or_path: str | os.PathLike) -> tuple[str, bool]:
     if not name or looks_like_path:
         raise UserError(f"backbone {name!r}: no such folder; {allowed}")
     return name, False
+
+
+def local_folder(name_or_path: str | os.PathLike) -> Path:
+    """Return the folder of an LLM's files, which are downloaded if it is a Hugging Face name.
+
+    Raises:
+        UserError: no such folder or name.
+    """
+    source, is_local = _resolve(name_or_path)
+    # A tokenizer may have files besides, which whoever writes the LLM anew wants to copy.
+    return Path(source if is_local else _downloaded(source, "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*"))
+
+
+def _downloaded(name: str, *more: str) -> str:
+    try:
+        # Some repositories hold the weights a second time, under other names.
+        return snapshot_download(name, allow_patterns=["*.json", "model*.safetensors", *more])
+    except _LIBRARY_ERRORS as error:
+        raise _no_model(name, error) from error
 
 
 def load_config(source: str, common: dict) -> PretrainedConfig:

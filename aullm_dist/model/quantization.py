@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from aullm_dist.errors import UserError
+from aullm_dist.model.nf4 import BLOCK, pack_blocks
 
 QUANTIZATIONS = ("none", "nf4")
-BLOCK = 64
-"""Weights that share one NF4 constant; blocks are independent of each other."""
 _NF4 = "bitsandbytes NF4"
 _STORAGES = ("bfloat16", "uint8")
 _PACKS_FOR_CPU = "support_avx512bf16_for_cpu"
@@ -147,6 +146,44 @@ def state_of(constants: Tensor, shape: torch.Size, dtype: torch.dtype, config: B
         offset=offset,
         state2=nested,
     )
+
+
+def constants_of(state: object) -> Tensor:
+    """Return the float32 constants of a weight's blocks as its products use them, from its quantisation state."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    return dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax.float()
+
+
+def unpack(packed: Tensor, constants: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the flat weights that packed values stand for, as the products of training see them.
+
+    Args:
+        packed: flat, of any storage dtype, whole blocks.
+        constants: of these blocks (`constants_of`).
+        dtype: that the products are computed in.
+    """
+    from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
+
+    packed = packed.view(-1, 1)
+    # Rows of one block: on CPUs the library takes other rows' constants where rows are no multiples of blocks.
+    shape = torch.Size((len(constants), BLOCK))
+    code = get_4bit_type("nf4", device=packed.device)
+    state = QuantState(constants, shape=shape, dtype=dtype, blocksize=BLOCK, code=code, quant_type="nf4")
+    return dequantize_4bit(packed, state).reshape(-1)
+
+
+def round_trip(values: Tensor, maxima: Tensor, constants: Tensor) -> Tensor:
+    """Return flat weights as the products of training see them once they are packed, in the same dtype.
+
+    Args:
+        values: flat weights on the CPU, whole blocks.
+        maxima: of these blocks (`nf4.block_maxima`), by which they are packed.
+        constants: of these blocks after double quantisation (`constants_of`).
+    """
+    from bitsandbytes.functional import get_4bit_type
+
+    return unpack(pack_blocks(values, maxima, get_4bit_type("nf4", device="cpu")), constants, values.dtype)
 
 
 def valueless_state(shape: torch.Size, dtype: torch.dtype, device: str) -> object:

@@ -30,15 +30,13 @@ from aullm_dist.model.piecewise import (
     refuse_special,
 )
 from aullm_dist.model.quantization import BLOCK, is_packed, method_of, nf4_config
-from aullm_dist.model.weight_files import WeightFiles
+from aullm_dist.model.weight_files import WeightFiles, check_space, files_beside_weights
 
 T = TypeVar("T")
 _DTYPE = torch.bfloat16
 _FILE_BYTES = 2 * 2**30
 _STATE_BYTES = 2048
 """At most, per packed weight: the code, the constants' code, and a few numbers."""
-_BESIDE_WEIGHTS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
-_LICENCES = ("LICENSE", "NOTICE", "USE_POLICY")
 _ALLOWED = "allowed: a local folder with config.json, safetensors files and tokenizer"
 
 
@@ -110,14 +108,14 @@ def quantize_base(base: Path, out: Path) -> Written:
     files = WeightFiles(base)
     quantization = nf4_config(_DTYPE)
     weights = _weights_of(config, quantization, files, base)
-    _check_space(out, sum(weight.nbytes for weight in weights))
+    check_space(out, sum(weight.nbytes for weight in weights))
     try:
         with staged_folder(out) as folder:
             written = _write_weights(folder, weights, files, quantization)
             config.quantization_config = quantization
             config.dtype = _DTYPE
             config.save_pretrained(folder)
-            for path in _files_beside_weights(base):
+            for path in files_beside_weights(base):
                 shutil.copyfile(path, folder / path.name)
             for path in folder.iterdir():
                 force_to_disk(path)
@@ -145,16 +143,6 @@ def _weights_of(
     if not any(weight.packed for weight in weights):
         raise UserError(f"{base}: has no linear layer that NF4 could quantise; {_ALLOWED}")
     return weights
-
-
-def _check_space(out: Path, needed: int) -> None:
-    there = next(folder for folder in out.absolute().parents if folder.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise UserError(
-            f"{out}: needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk; make room, or give a "
-            "folder on another disk"
-        )
 
 
 def _write_weights(folder: Path, weights: list[_Weight], files: WeightFiles, quantization: BitsAndBytesConfig) -> int:
@@ -204,15 +192,3 @@ def _tensors_of(
     # Copies: bitsandbytes may share a code between states, which a safetensors file cannot hold.
     parts = {f"{weight.name}.{key}": part.cpu().clone() for key, part in state.as_dict(packed=True).items()}
     return {weight.name: flat.view(-1, 1).cpu(), **parts}
-
-
-def _files_beside_weights(base: Path) -> list[Path]:
-    """Return the base's tokenizer and generation files, and the licence, which goes where the weights go."""
-    return [
-        path
-        for path in sorted(base.iterdir())
-        if path.is_file()
-        and (path.suffix in _BESIDE_WEIGHTS or path.name.startswith(_LICENCES))
-        and path.name != "config.json"
-        and not path.name.endswith(".index.json")
-    ]

@@ -7,7 +7,9 @@ can share the reading of one checkpoint and none of them ever holds it.
 import json
 import math
 import os
+import shutil
 import struct
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +30,12 @@ _DTYPES = {
     "I64": torch.int64,
     "BOOL": torch.bool,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""What the format calls a dtype."""
 _LONGEST_HEADER = 100 * 2**20
 _ALLOWED = "allowed: model.safetensors, or all files that model.safetensors.index.json names, complete as published"
+_BESIDE_WEIGHTS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+_LICENCES = ("LICENSE", "NOTICE", "USE_POLICY")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +62,25 @@ class WeightFiles:
     """The tensors of a model folder by name; all headers are read and checked at once, no weight is.
 
     Args:
-        folder: local folder with model.safetensors, or with an index and the files it names.
+        folder: local folder with `name`, or with an index and the files it names.
+        name: of the file that holds all tensors where there is one alone.
 
     Attributes:
+        tensors: every tensor, file after file and in the order in which they stand there.
+        metadata: what each file's header says besides.
         bytes_read: what `read` has read in this process, headers not counted.
 
     Raises:
         UserError: a file is missing, truncated or no safetensors file, or lacks what the index says it holds.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, name: str = "model.safetensors") -> None:
         self.folder = Path(folder)
         self.bytes_read = 0
         self._handles: dict[Path, int] = {}
-        single = self.folder / "model.safetensors"
-        index = self.folder / "model.safetensors.index.json"
+        self._opening = threading.Lock()
+        single = self.folder / name
+        index = self.folder / f"{name}.index.json"
         if index.is_file() and not single.is_file():
             places = _read_index(index)
             files = [self.folder / name for name in sorted(set(places.values()))]
@@ -80,8 +90,10 @@ class WeightFiles:
         if missing:
             raise UserError(f"backbone {folder}: {missing[0]} is missing ({len(missing)} of {len(files)}); {_ALLOWED}")
         self.tensors: dict[str, StoredTensor] = {}
+        self.metadata: dict[Path, dict[str, str]] = {}
         for file in files:
-            self.tensors |= _read_header(file)
+            tensors, self.metadata[file] = _read_header(file)
+            self.tensors |= tensors
         lost = sorted(name for name in places or () if name not in self.tensors)
         if lost:
             raise UserError(f"backbone {folder}: {places[lost[0]]} does not hold {lost[0]}; {_ALLOWED}")
@@ -97,6 +109,13 @@ class WeightFiles:
         stored = self.tensors[name]
         last = stored.numel if last is None else last
         buffer = torch.empty((last - first) * stored.dtype.itemsize, dtype=torch.uint8)
+        self.read_into(buffer, name, first)
+        self.bytes_read += len(buffer)
+        return buffer.view(stored.dtype)
+
+    def read_into(self, buffer: Tensor, name: str, first: int = 0) -> None:
+        """Fill a flat uint8 buffer with a tensor's elements from `first` on; threads may call it at once."""
+        stored = self.tensors[name]
         view, done = memoryview(buffer.numpy()), 0
         handle = self._handle(stored.file)
         while done < len(view):
@@ -108,8 +127,6 @@ class WeightFiles:
             if count == 0:
                 raise UserError(f"{stored.file}: ends inside {name}; it was cut while it was read")
             done += count
-        self.bytes_read += done
-        return buffer.view(stored.dtype)
 
     def close(self) -> None:
         """Close all files."""
@@ -118,21 +135,50 @@ class WeightFiles:
         self._handles.clear()
 
     def _handle(self, file: Path) -> int:
-        if file not in self._handles:
-            self._handles[file] = os.open(file, os.O_RDONLY)
-        return self._handles[file]
+        with self._opening:
+            if file not in self._handles:
+                self._handles[file] = os.open(file, os.O_RDONLY)
+            return self._handles[file]
+
+
+def files_beside_weights(folder: Path) -> list[Path]:
+    """Return a model folder's tokenizer and generation files, and the licence, which goes where the weights go."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and (path.suffix in _BESIDE_WEIGHTS or path.name.startswith(_LICENCES))
+        and path.name != "config.json"
+        and not path.name.endswith(".index.json")
+    ]
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuse to write `needed` bytes to a folder, which need not exist, on a disk that has less.
+
+    Raises:
+        UserError: naming both numbers.
+    """
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise UserError(
+            f"{out}: needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk; make room, or give a "
+            "folder on another disk"
+        )
 
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        return {str(name): str(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: is no index of safetensors files; {_ALLOWED}") from error
-    return places
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a file; format: 8 bytes length, that many bytes of JSON, then the values.
+def _read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Return the tensors of a file as they stand in it, and what its header says besides.
+
+    Format: 8 bytes length, that many bytes of JSON, then the values.
 
     Source: the safetensors format, https://github.com/huggingface/safetensors#format.
     """
@@ -144,7 +190,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             raise UserError(f"{file}: is truncated or no safetensors file; {_ALLOWED}")
         try:
             header = dict(json.loads(stream.read(length)))
-            header.pop("__metadata__", None)
+            metadata = {str(key): str(value) for key, value in dict(header.pop("__metadata__", {})).items()}
             entries = [
                 (name, str(entry["dtype"]), tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
                 for name, entry in header.items()
@@ -152,7 +198,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{file}: has a damaged header; {_ALLOWED}") from error
     tensors, end = {}, 0
-    for name, dtype, shape, begin, stop in entries:
+    for name, dtype, shape, begin, stop in sorted(entries, key=lambda entry: entry[3:]):
         if dtype not in _DTYPES:
             raise UserError(f"{file}: {name} has dtype {dtype}; allowed: {', '.join(_DTYPES)}")
         stored = StoredTensor(file, _DTYPES[dtype], shape, 8 + length + begin)
@@ -161,4 +207,4 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         tensors[name], end = stored, max(end, stop)
     if 8 + length + end != size:
         raise UserError(f"{file}: is truncated, {size} bytes of {8 + length + end}; {_ALLOWED}")
-    return tensors
+    return tensors, metadata

@@ -21,7 +21,7 @@ from aullm_dist.training.context import on_main, together
 from aullm_dist.training.heldout import Answers, HeldOut
 from aullm_dist.training.manifest import MANIFEST_NAME, read_manifest
 from aullm_dist.training.placement import placement_of
-from aullm_dist.training.retention import find_newest_valid
+from aullm_dist.training.retention import find_checkpoint
 from aullm_dist.training.run import refuse_compiled, self_check
 
 logger = get_logger(__name__)
@@ -63,12 +63,7 @@ def find_trained(path: Path, overrides: Sequence[str], processes: int) -> Traine
     Raises:
         UserError: there is no checkpoint, or an override would make the answers another model's.
     """
-    folder = path if (path / MANIFEST_NAME).is_file() else None
-    if folder is None:
-        root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        folder = find_newest_valid(root, logger)
-    if folder is None:
-        raise UserError(f"{path}: holds no valid checkpoint; give a checkpoint or a fold, such as runs/first/fold-00")
+    folder = find_checkpoint(path, logger)
     manifest = read_manifest(folder)
     config = from_dict(manifest["config"], f"{folder / MANIFEST_NAME}: config")
     keys = [override.partition("=")[0].strip() for override in overrides]

@@ -17,7 +17,7 @@ from aullm_dist.training.atomic import (
     step_folder_name,
     step_of,
 )
-from aullm_dist.training.manifest import VerifyMode, verify_checkpoint
+from aullm_dist.training.manifest import MANIFEST_NAME, VerifyMode, verify_checkpoint
 
 
 def list_checkpoints(root: Path | str) -> list[Path]:
@@ -48,6 +48,20 @@ def find_newest_valid(root: Path | str, log: Logger | None = None, mode: VerifyM
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         log.warning("checkpoint %s is not usable: %s%s; trying the next older one", folder, problems[0], more)
     return None
+
+
+def find_checkpoint(path: Path, log: Logger | None = None) -> Path:
+    """Return the checkpoint that is meant by `path`: itself, or the newest valid one of a fold or of its checkpoints.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / MANIFEST_NAME).is_file():
+        return path
+    folder = find_newest_valid(path / "checkpoints" if (path / "checkpoints").is_dir() else path, log)
+    if folder is None:
+        raise UserError(f"{path}: holds no valid checkpoint; give a checkpoint or a fold, such as runs/first/fold-00")
+    return folder
 
 
 def clean_leftovers(root: Path) -> None:

@@ -1,0 +1,294 @@
+"""Merging LoRA into its LLM: a dense Hugging Face folder, written tensor by tensor in memory that is set beforehand.
+
+Nothing of the base is mapped or held whole. Two bases can take the deltas. `nf4-exact`: where the run held a layer in
+NF4, the delta goes onto what NF4 made of the weight, which is what the adapter was trained beside. `bf16`: it goes onto
+the original weights, the usual merge, which is another function than the one that was trained. Everything that NF4 did
+not touch stays as it is in both.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import PretrainedConfig
+
+from aullm_dist.errors import UserError
+from aullm_dist.files import write_text
+from aullm_dist.log import get_logger
+from aullm_dist.model.llm import load_config, local_folder
+from aullm_dist.model.quantization import is_stored_in_nf4
+from aullm_dist.model.weight_files import WeightFiles, check_space, files_beside_weights
+from aullm_dist.release.merge_adapter import Adapter
+from aullm_dist.release.merge_compute import Arithmetic
+from aullm_dist.release.merge_journal import finished_receipt, open_journal, remove_leftovers
+from aullm_dist.release.merge_memory import PeakMemory
+from aullm_dist.release.merge_plan import Plan, plan_merge, size_pieces
+from aullm_dist.release.merge_run import num_workers, run_merge
+from aullm_dist.training.base_identity import base_differences, base_identity
+from aullm_dist.training.manifest import library_versions, read_manifest, verify_checkpoint
+
+logger = get_logger(__name__)
+
+Base = Literal["nf4-exact", "bf16"]
+BASES: tuple[Base, ...] = get_args(Base)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_NOTES = {
+    "nf4-exact": "LoRA was added to the weights as NF4 has them, which is what it was trained beside; the LLM is "
+    "dense, but no finer than NF4",
+    "bf16": "LoRA was added to the original weights of the base",
+    "bf16 after nf4": "LoRA was trained beside NF4 weights and added to the original ones: answers are not those of "
+    "the model that was trained and evaluated",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReceipt:
+    """What a merge did; JSON-able by `as_dict`."""
+
+    base: Base
+    dtype: str
+    note: str
+    """What that means, in a sentence for the model card."""
+    llm: str
+    """Name or folder of the base, as the checkpoint has it."""
+    base_files: dict[str, Any]
+    """The base's weight files: size and hash of samples (`base_identity`)."""
+    checkpoint: str
+    step: int
+    checkpoint_sha256: str
+    """The hash in the checkpoint's manifest."""
+    files: dict[str, str]
+    """SHA-256 of each weight file that was written."""
+    bytes: int
+    """Bytes of these files."""
+    resumed_bytes: int
+    """How many of them a killed merge had written before."""
+    tensors: int
+    merged: int
+    """Tensors that LoRA changed."""
+    adapter_tensors: int
+    """Tensors of the adapter, each used once."""
+    seconds: float
+    mb_per_second: float
+    """10^6 bytes written per second, until they were on disk."""
+    peak_bytes: int
+    """Anonymous memory above what the libraries took, at most."""
+    max_ram_bytes: int
+    probe: dict[str, Any] | None
+    """Errors of both bases on the probe prompts (`merge_probe.probe_errors`), None if they were not asked for."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the receipt as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is merged: everything that the bytes depend on."""
+
+    checkpoint: Path
+    manifest: Mapping[str, Any]
+    folder: Path
+    """Of the base."""
+    config: PretrainedConfig
+    identity: Mapping[str, Any]
+    base: Base
+    dtype: torch.dtype
+    stored_in_nf4: bool
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The dtype that the run computed in."""
+        return torch.bfloat16 if self.manifest["config"]["training"]["precision"] == "bf16" else torch.float32
+
+    def key(self) -> dict[str, Any]:
+        """Return what must be equal for a merge to go on where another was killed."""
+        versions = library_versions()
+        return {
+            "checkpoint": self.manifest["manifest_sha256"],
+            "llm": dict(self.identity["files"]),
+            "base": self.base,
+            "dtype": str(self.dtype),
+            "versions": {name: versions.get(name) for name in ("aullm-dist", "torch", "bitsandbytes")},
+        }
+
+
+def merge_llm(
+    checkpoint: Path,
+    out: Path,
+    *,
+    base: Base | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    max_ram: int = 4 * 2**30,
+    probe: Sequence[str] | None = None,
+    llm: Path | None = None,
+    partial: Path | None = None,
+) -> MergeReceipt:
+    """Write the LLM of a checkpoint with its LoRA merged, as an ordinary Hugging Face folder.
+
+    A merge that was killed is gone on with when it is asked for again, and ends in the same bytes.
+
+    Args:
+        checkpoint: a checkpoint folder (`retention.find_checkpoint`).
+        out: the folder to be written: absent, or empty.
+        base: what the deltas are added to; None takes `nf4-exact` for a run in NF4 and `bf16` for others.
+        dtype: of the new weights.
+        max_ram: bytes of anonymous memory that the merge may take, above what the libraries take.
+        probe: prompts on which the errors of both bases are measured; this reads the LLM several times over.
+        llm: where the base is; None asks the checkpoint.
+        partial: where unfinished work is kept; None takes `OUT.partial`. It must be on the disk of `out`.
+
+    Raises:
+        UserError: checkpoint and base do not belong together or are damaged, too little disk or memory, `out` holds
+            something. `out` is then as it was.
+    """
+    started = time.monotonic()
+    partial = partial or out.with_name(f"{out.name}.partial")
+    job = _job(checkpoint, base, dtype, llm)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if (content := finished_receipt(partial, job.key())) is not None:
+            remove_leftovers(partial)
+            return MergeReceipt(**content)
+        raise UserError(f"{out}: exists and is not empty; give a folder that does not exist")
+    files = WeightFiles(job.folder)
+    try:
+        adapter = Adapter(job.checkpoint)
+        if job.base == "nf4-exact" and any(delta.magnitude for delta in adapter.deltas.values()):
+            # PEFT itself does not merge to what it computes with DoRA beside NF4 weights.
+            raise UserError(f"{adapter.path}: is DoRA, which is not merged onto NF4 weights; allowed: --base bf16")
+        with PeakMemory() as peak:
+            receipt = _merge(job, files, adapter, out, partial, max_ram, probe, peak, started)
+        adapter.close()
+    finally:
+        files.close()
+    return receipt
+
+
+def _job(checkpoint: Path, base: Base | None, dtype: torch.dtype, llm: Path | None) -> _Job:
+    problems = verify_checkpoint(checkpoint)
+    if problems:
+        raise UserError(f"checkpoint {checkpoint} is refused: {problems[0]}")
+    manifest = read_manifest(checkpoint)
+    if manifest["base"] is None:
+        raise UserError(f"checkpoint {checkpoint}: has no LLM; there is nothing to merge")
+    name = str(llm or manifest["base"]["name"])
+    folder = local_folder(name)
+    config = load_config(str(folder), {"trust_remote_code": False, "local_files_only": True})
+    identity = base_identity(str(folder.absolute()), config.to_dict(), hash_files=_has_hashes(manifest["base"]))
+    differences = base_differences(manifest["base"], identity)
+    if differences:
+        raise UserError(f"checkpoint {checkpoint}: is of another LLM ({differences[0]}); give its own with --llm")
+    if not manifest["base"]["files"]:
+        logger.warning("%s: the run loaded %s by name and kept no hashes of its files; only the configs are compared",
+                       checkpoint, manifest["base"]["name"])  # fmt: skip
+    was_quantised = bool(manifest["quantized_modules"])
+    stored = is_stored_in_nf4(str(folder), config, "nf4")
+    chosen = base or ("nf4-exact" if was_quantised else "bf16")
+    if chosen == "nf4-exact" and not was_quantised:
+        raise UserError(f"--base nf4-exact: the run of {checkpoint} held no layer in NF4; allowed: bf16")
+    if chosen == "bf16" and stored:
+        raise UserError(f"--base bf16: {folder} holds its weights in NF4 alone; allowed: nf4-exact")
+    return _Job(checkpoint, manifest, folder, config, identity, chosen, dtype, stored)
+
+
+def _has_hashes(base: Mapping[str, Any]) -> bool:
+    return any("sha256" in entry for entry in base["files"].values())
+
+
+def _merge(
+    job: _Job,
+    files: WeightFiles,
+    adapter: Adapter,
+    out: Path,
+    partial: Path,
+    max_ram: int,
+    probe: Sequence[str] | None,
+    peak: PeakMemory,
+    started: float,
+) -> MergeReceipt:
+    plan = plan_merge(
+        job.config,
+        files,
+        adapter,
+        quantised=job.manifest["quantized_modules"],
+        stored_in_nf4=job.stored_in_nf4,
+        nf4_exact=job.base == "nf4-exact",
+        compute=job.compute,
+        dtype=job.dtype,
+    )
+    sizes = size_pieces(plan, max_ram, num_workers())
+    beside = files_beside_weights(job.folder)
+    there = sum(path.stat().st_size for path in partial.glob("files/*")) if partial.is_dir() else 0
+    check_space(out, plan.size + sum(path.stat().st_size for path in beside) - there)
+    try:
+        with open_journal(partial, job.key()) as journal:
+            try:
+                done = run_merge(plan, sizes, Arithmetic(files, adapter, job.compute), journal)
+            except UserError:
+                # It would end like this again.
+                journal.remove()
+                raise
+            _write_beside(journal.files, job, plan, beside)
+            seconds = time.monotonic() - started
+            receipt = _receipt(job, plan, adapter, done.sha256, done.resumed, seconds, peak.bytes, max_ram, None)
+            journal.publish(out, job.key(), receipt.as_dict())
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror or error}); the same command goes on with what is in {partial}"
+        ) from error
+    return receipt
+
+
+def _write_beside(folder: Path, job: _Job, plan: Plan, beside: Sequence[Path]) -> None:
+    """Write everything but the weights: config, index, tokenizer."""
+    config = json.loads((job.folder / "config.json").read_text("utf-8"))
+    for key in ("quantization_config", "torch_dtype"):
+        config.pop(key, None)
+    config["dtype"] = str(job.dtype).removeprefix("torch.")
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    index = plan.index()
+    if index is not None:
+        write_text(folder / "model.safetensors.index.json", index.decode("utf-8"))
+    for path in beside:
+        shutil.copyfile(path, folder / path.name)
+
+
+def _receipt(
+    job: _Job,
+    plan: Plan,
+    adapter: Adapter,
+    sha256: dict[str, str],
+    resumed: int,
+    seconds: float,
+    peak: int,
+    max_ram: int,
+    probe: dict[str, Any] | None,
+) -> MergeReceipt:
+    note = "bf16 after nf4" if job.base == "bf16" and job.manifest["quantized_modules"] else job.base
+    return MergeReceipt(
+        base=job.base,
+        dtype=next(name for name, dtype in DTYPES.items() if dtype == job.dtype),
+        note=_NOTES[note],
+        llm=job.manifest["base"]["name"],
+        base_files=dict(job.identity["files"]),
+        checkpoint=str(job.checkpoint),
+        step=job.manifest["step"],
+        checkpoint_sha256=job.manifest["manifest_sha256"],
+        files=sha256,
+        bytes=plan.size,
+        resumed_bytes=resumed,
+        tensors=len(plan.tensors),
+        merged=sum(tensor.delta is not None for tensor in plan.tensors),
+        adapter_tensors=len(adapter.files.tensors),
+        seconds=seconds,
+        mb_per_second=(plan.size - resumed) / 1e6 / max(seconds, math.ulp(1.0)),
+        peak_bytes=peak,
+        max_ram_bytes=max_ram,
+        probe=probe,
+    )
