@@ -25,10 +25,10 @@ def pack_blocks(values: Tensor, maxima: Tensor, code: Tensor) -> Tensor:
     """
     scaled = values.view(-1, BLOCK).float()
     scaled.mul_(maxima.clamp(min=1e-38).reciprocal_().view(-1, 1)).clamp_(-1, 1)
-    # A search in 15 borders, element by element, takes five times as long as all comparisons at once.
-    number = torch.zeros(scaled.shape, dtype=torch.uint8)
-    above = torch.empty(scaled.shape, dtype=torch.bool)
+    # A search in 15 borders, element by element, takes ten times as long as all comparisons at once; and torch compares
+    # into floats four times as fast as into bools.
+    number, above = torch.zeros_like(scaled), torch.empty_like(scaled)
     for border in ((code[:-1] + code[1:]) / 2).tolist():
-        number += torch.gt(scaled, border, out=above).view(torch.uint8)
-    number = number.view(-1)
-    return (number[::2] << 4) | number[1::2]
+        number += torch.gt(scaled, border, out=above)
+    pairs = number.to(torch.uint8).view(torch.int16)  # the first in the lower byte
+    return (pairs * 16 + (pairs >> 8)).to(torch.uint8).view(-1)

@@ -224,7 +224,7 @@ def _merge(
     )
     sizes = size_pieces(plan, max_ram, num_workers())
     beside = files_beside_weights(job.folder)
-    there = sum(path.stat().st_size for path in partial.glob("files/*")) if partial.is_dir() else 0
+    there = sum(512 * path.stat().st_blocks for path in partial.glob("files/*")) if partial.is_dir() else 0
     check_space(out, plan.size + sum(path.stat().st_size for path in beside) - there)
     try:
         with open_journal(partial, job.key()) as journal:

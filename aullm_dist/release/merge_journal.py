@@ -41,7 +41,7 @@ class Journal:
         """Return how many bytes of a file are there and still what they were, and the SHA-256 of them to go on with."""
         digest = hashlib.sha256()
         entry, path = self._done.get(name), self.files / name
-        if entry is None or not path.is_file() or path.stat().st_size < entry["bytes"]:
+        if entry is None or not path.is_file():
             return 0, digest
         left = entry["bytes"]
         with path.open("rb") as file:
@@ -49,10 +49,6 @@ class Journal:
                 digest.update(part)
                 left -= len(part)
         return (entry["bytes"], digest) if digest.hexdigest() == entry["sha256"] else (0, hashlib.sha256())
-
-    def promised(self) -> int:
-        """Return how many bytes are there already, if they are still what they were."""
-        return sum(entry["bytes"] for entry in self._done.values())
 
     def note(self, name: str, size: int, sha256: str) -> None:
         """Say that the first `size` bytes of a file are on disk."""

@@ -25,8 +25,8 @@ from aullm_dist.release.merge_adapter import FEWEST_ROWS, Adapter, Delta
 How = Literal["verbatim", "cast", "round_trip", "unpack"]
 UNIT_WEIGHTS = 2**18
 """Weights computed at a time, about: their float32 form stays in a core's own cache."""
-LARGEST_PIECE = 2**24
-"""Weights read at a time, at most: more memory makes nothing faster."""
+LARGEST_PIECE = 2**21
+"""Weights read at a time, at most: larger pieces leave the caches before they are written, and make nothing faster."""
 CHUNK = 2**20
 """Weights read at a time for the constants of a whole weight."""
 _PACKED = ".weight.absmax"

@@ -1,10 +1,12 @@
 """Reading, computing and writing of a merge side by side, within the memory that was given.
 
-Pieces go to threads in order; each reads and computes its own. The main thread takes them in the same order, writes and
-hashes them; one more thread forces to disk what is written and notes it in the journal. Torch, hashing, reading and
-writing all let other threads run meanwhile.
+Pieces go to threads in order; each reads and computes its own. The main thread takes them in the same order and writes
+them while another one hashes them; a third forces to disk what is written and notes it in the journal. Torch, hashing,
+reading and writing all let other threads run meanwhile.
 """
 
+import ctypes
+import errno
 import itertools
 import os
 from collections import deque
@@ -54,10 +56,10 @@ def run_merge(plan: Plan, sizes: Sizes, arithmetic: Arithmetic, journal: Journal
         stack.enter_context(_one_thread_each())
         bar = stack.enter_context(progress("Merging the LLM", plan.size))
         bar.initial = bar.n = resumed
-        flusher = stack.enter_context(_pool(1))
+        hasher, flusher = (stack.enter_context(_pool(1)) for _ in range(2))
         crew = _Crew(stack.enter_context(_pool(sizes.slots - 2)), sizes, arithmetic)
         stream = crew.computed([(file, kept[file.name][0]) for file in plan.files])
-        with _Writer(journal, flusher) as writer:
+        with _Writer(journal, hasher, flusher) as writer:
             for file, parts in itertools.groupby(stream, key=lambda part: part.file):
                 writer.start(file, *kept[file.name])
                 for part in parts:
@@ -112,8 +114,8 @@ class _Crew:
 class _Writer:
     """Writes files one after the other, and has them forced to disk behind its back."""
 
-    def __init__(self, journal: Journal, flusher: ThreadPoolExecutor) -> None:
-        self._journal, self._flusher = journal, flusher
+    def __init__(self, journal: Journal, hasher: ThreadPoolExecutor, flusher: ThreadPoolExecutor) -> None:
+        self._journal, self._hasher, self._flusher = journal, hasher, flusher
         self._flushes: deque[Future[None]] = deque()
         self._open = ExitStack()
 
@@ -125,14 +127,15 @@ class _Writer:
         self._file, self._end, self._noted, self._digest = file, begin, begin, digest
         self._descriptor = os.open(self._journal.files / file.name, os.O_WRONLY | os.O_CREAT, 0o666)
         self._open.callback(os.close, self._descriptor)
-        os.ftruncate(self._descriptor, begin)
+        reserve(self._descriptor, file.size)
 
     def write(self, view: memoryview) -> None:
         """Append bytes."""
-        self._digest.update(view)
+        hashed = self._hasher.submit(self._digest.update, view)
         done = 0
         while done < len(view):
             done += os.pwrite(self._descriptor, view[done:], self._end + done)
+        hashed.result()
         self._end += len(view)
         if self._end - self._noted >= _FLUSH_BYTES:
             self._flush()
@@ -160,6 +163,23 @@ class _Writer:
         if kind is None:
             for future in self._flushes:
                 future.result()
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Give a file its size and, where the file system can, its place on the disk.
+
+    Appending to a file that is being forced to disk waits for its journal again and again.
+
+    Raises:
+        OSError: there is no room.
+    """
+    os.ftruncate(descriptor, size)
+    # Not `os.posix_fallocate`: where the file system has no such call it writes to every block instead.
+    libc = ctypes.CDLL(None, use_errno=True)
+    if size and libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        number = ctypes.get_errno()
+        if number == errno.ENOSPC:
+            raise OSError(number, os.strerror(number))
 
 
 @contextmanager

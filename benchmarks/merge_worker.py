@@ -1,0 +1,59 @@
+"""One way of benchmarks/merge.py in a process of its own: writes a merged LLM and says what time and memory it took."""
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from aullm_dist.files import force_to_disk
+from aullm_dist.release.merge import merge_llm
+from aullm_dist.release.merge_memory import PeakMemory
+
+COPY_BYTES = 2**24
+
+
+def copy(base: Path, out: Path) -> None:
+    """Copy the weights, as any tool would."""
+    out.mkdir()
+    for path in base.glob("*.safetensors"):
+        shutil.copyfile(path, out / path.name)
+
+
+def peft(base: Path, checkpoint: Path, out: Path) -> None:
+    """Merge by PEFT's own means."""
+    llm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    PeftModel.from_pretrained(llm, checkpoint).merge_and_unload().save_pretrained(out)
+
+
+def main(mode: str, base: Path, checkpoint: Path, out: Path, max_ram: int, report: Path) -> None:
+    """Measure one way: seconds until the command would return, and until everything is on disk."""
+    transformers.utils.logging.disable_progress_bar()
+    row: dict[str, object] = {"mode": mode}
+    started = time.monotonic()
+    with PeakMemory() as peak:
+        if mode == "copy":
+            copy(base, out)
+        elif mode == "peft":
+            peft(base, checkpoint, out)
+        else:
+            row["receipt"] = merge_llm(checkpoint, out, base=mode, max_ram=max_ram).as_dict()
+    row["returned"] = time.monotonic() - started
+    for path in out.iterdir():
+        force_to_disk(path)
+    row["on_disk"] = time.monotonic() - started
+    row["peak_bytes"], row["max_ram_bytes"] = peak.bytes, max_ram
+    row["cpu_seconds"] = time.process_time()
+    report.write_text(json.dumps(row))
+
+
+if __name__ == "__main__":
+    mode, base, checkpoint, out, max_ram, report = sys.argv[1:]
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main(mode, Path(base), Path(checkpoint), Path(out), int(max_ram), Path(report))
