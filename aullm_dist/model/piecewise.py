@@ -9,7 +9,7 @@ that describe them are put together before they are quantised in turn.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
 import torch
@@ -103,7 +103,7 @@ def load_in_pieces(
         model.config.quantization_config = quantization
     placement.together(lambda: refuse_special(model, source))
     # Before any weight is there: the library's function would draw those of a module anew.
-    _fill_buffers(model, placement.device)
+    fill_buffers(model, placement.device)
     names = placement.together(lambda: names_in_files(model, files, source))
     total = sum(files[name].nbytes for name in names.values())
     with progress("Loading the LLM", total) as bar:
@@ -193,7 +193,9 @@ def owners(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
                 yield f"{module_name}.{name}" if module_name else name, name, module
 
 
-def names_in_files(model: PreTrainedModel, files: WeightFiles, source: str) -> dict[str, str]:
+def names_in_files(
+    model: PreTrainedModel, files: WeightFiles | Mapping[str, StoredTensor], source: str
+) -> dict[str, str]:
     """Map the model's parameter names to those in the files, after checking that all are there in the right shape.
 
     Raises:
@@ -318,7 +320,7 @@ def _stored_state(stored: str, files: WeightFiles, placement: Placement) -> obje
         ) from error
 
 
-def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
+def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Compute buffers that no file holds, rotary frequencies for one, as the library does after loading."""
     for module in model.modules():
         on_meta = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from aullm_dist.errors import UserError
 from aullm_dist.files import write_text
 from aullm_dist.log import get_logger
-from aullm_dist.model.llm import load_config, local_folder
+from aullm_dist.model.llm import load_config, load_tokenizer, local_folder
 from aullm_dist.model.quantization import is_stored_in_nf4
 from aullm_dist.model.weight_files import WeightFiles, check_space, files_beside_weights
 from aullm_dist.release.merge_adapter import Adapter
@@ -29,7 +29,8 @@ from aullm_dist.release.merge_compute import Arithmetic
 from aullm_dist.release.merge_journal import finished_receipt, open_journal, remove_leftovers
 from aullm_dist.release.merge_memory import PeakMemory
 from aullm_dist.release.merge_plan import Plan, plan_merge, size_pieces
-from aullm_dist.release.merge_run import num_workers, run_merge
+from aullm_dist.release.merge_probe import probe_errors
+from aullm_dist.release.merge_run import Done, num_workers, run_merge
 from aullm_dist.training.base_identity import base_differences, base_identity
 from aullm_dist.training.manifest import library_versions, read_manifest, verify_checkpoint
 
@@ -212,16 +213,8 @@ def _merge(
     peak: PeakMemory,
     started: float,
 ) -> MergeReceipt:
-    plan = plan_merge(
-        job.config,
-        files,
-        adapter,
-        quantised=job.manifest["quantized_modules"],
-        stored_in_nf4=job.stored_in_nf4,
-        nf4_exact=job.base == "nf4-exact",
-        compute=job.compute,
-        dtype=job.dtype,
-    )
+    plans = _plans(job, files, adapter, both=probe is not None)
+    plan = plans[job.base]
     sizes = size_pieces(plan, max_ram, num_workers())
     beside = files_beside_weights(job.folder)
     there = sum(512 * path.stat().st_blocks for path in partial.glob("files/*")) if partial.is_dir() else 0
@@ -236,13 +229,45 @@ def _merge(
                 raise
             _write_beside(journal.files, job, plan, beside)
             seconds = time.monotonic() - started
-            receipt = _receipt(job, plan, adapter, done.sha256, done.resumed, seconds, peak.bytes, max_ram, None)
+            errors = None if probe is None else _errors(job, plans, files, adapter, probe)
+            receipt = _receipt(job, plan, adapter, done, seconds, peak.bytes, max_ram, errors)
             journal.publish(out, job.key(), receipt.as_dict())
     except OSError as error:
         raise UserError(
             f"{out}: cannot be written ({error.strerror or error}); the same command goes on with what is in {partial}"
         ) from error
     return receipt
+
+
+def _plans(job: _Job, files: WeightFiles, adapter: Adapter, both: bool) -> dict[str, Plan]:
+    """Return the plan of the merge and, if `both`, of one onto the other base, where there is one."""
+    quantised = job.manifest["quantized_modules"]
+    other = both and quantised and not job.stored_in_nf4
+    return {
+        base: plan_merge(
+            job.config,
+            files,
+            adapter,
+            quantised=quantised,
+            stored_in_nf4=job.stored_in_nf4,
+            nf4_exact=base == "nf4-exact",
+            compute=job.compute,
+            dtype=job.dtype,
+        )
+        for base in BASES
+        if base == job.base or other
+    }
+
+
+def _errors(
+    job: _Job, plans: Mapping[str, Plan], files: WeightFiles, adapter: Adapter, prompts: Sequence[str]
+) -> dict[str, Any]:
+    trained = "nf4-exact" if job.manifest["quantized_modules"] else "bf16"
+    tokenizer = load_tokenizer(str(job.folder), {"trust_remote_code": False, "local_files_only": True})
+    logger.info("Probe: the LLM is read %d times over", len(plans) + 2)
+    return probe_errors(
+        plans, trained, prompts, tokenizer, config=job.config, files=files, adapter=adapter, compute=job.compute
+    )
 
 
 def _write_beside(folder: Path, job: _Job, plan: Plan, beside: Sequence[Path]) -> None:
@@ -263,8 +288,7 @@ def _receipt(
     job: _Job,
     plan: Plan,
     adapter: Adapter,
-    sha256: dict[str, str],
-    resumed: int,
+    done: Done,
     seconds: float,
     peak: int,
     max_ram: int,
@@ -280,14 +304,14 @@ def _receipt(
         checkpoint=str(job.checkpoint),
         step=job.manifest["step"],
         checkpoint_sha256=job.manifest["manifest_sha256"],
-        files=sha256,
+        files=done.sha256,
         bytes=plan.size,
-        resumed_bytes=resumed,
+        resumed_bytes=done.resumed,
         tensors=len(plan.tensors),
         merged=sum(tensor.delta is not None for tensor in plan.tensors),
         adapter_tensors=len(adapter.files.tensors),
         seconds=seconds,
-        mb_per_second=(plan.size - resumed) / 1e6 / max(seconds, math.ulp(1.0)),
+        mb_per_second=(plan.size - done.resumed) / 1e6 / max(seconds, math.ulp(1.0)),
         peak_bytes=peak,
         max_ram_bytes=max_ram,
         probe=probe,

@@ -58,6 +58,9 @@ def run_merge(args: argparse.Namespace) -> int:
         f"{receipt.mb_per_second:.0f} MB/s, peak {receipt.peak_bytes / _MIB:.0f} MiB of {max_ram / _MIB:.0f}; "
         f"{receipt.merged} of {receipt.tensors} tensors merged in {receipt.dtype}, base {receipt.base}"
     )
+    for name, error in (receipt.probe or {"relative_logit_error": {}})["relative_logit_error"].items():
+        what = "the trained model in the run's own arithmetic" if name == "live" else f"merged, base {name}"
+        print(f"relative logit error of {what}: {error:.2e}")
     return 0
 
 

@@ -23,7 +23,7 @@ from aullm_dist.model.weight_files import DTYPE_NAMES, StoredTensor, WeightFiles
 from aullm_dist.release.merge_adapter import FEWEST_ROWS, Adapter, Delta
 
 How = Literal["verbatim", "cast", "round_trip", "unpack"]
-UNIT_WEIGHTS = 2**18
+UNIT_WEIGHTS = 2**17
 """Weights computed at a time, about: their float32 form stays in a core's own cache."""
 LARGEST_PIECE = 2**21
 """Weights read at a time, at most: larger pieces leave the caches before they are written, and make nothing faster."""

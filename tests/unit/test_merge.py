@@ -7,6 +7,7 @@ from collections import namedtuple
 import pytest
 import torch
 from merge_samples import differing, live_model, peft_merged, write_checkpoint
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_architectures import write_backbone
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,7 +16,7 @@ from aullm_dist.cli import main
 from aullm_dist.errors import UserError
 from aullm_dist.model.quantize_base import quantize_base
 from aullm_dist.model.tiny import build_tiny_backbone
-from aullm_dist.release import merge_plan
+from aullm_dist.release import merge_plan, merge_probe
 from aullm_dist.release.merge import merge_llm
 from aullm_dist.release.merge_journal import Journal
 from aullm_dist.training.base_identity import base_identity
@@ -420,3 +421,42 @@ def test_a_merge_that_was_killed_among_its_leftovers_is_finished(plain, tmp_path
     assert receipt.merged == 14
     assert contents(tmp_path / "out") == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2"])
+def test_the_probe_computes_what_the_models_compute(base, wide, tmp_path, monkeypatch, name):
+    seen = {}
+    logits = merge_probe._logits
+
+    def keep(plan, beside, **options):
+        return seen.setdefault(len(seen), logits(plan, beside, **options))
+
+    monkeypatch.setattr(merge_probe, "_logits", keep)
+    monkeypatch.setattr(merge_probe, "_WEIGHTS_AT_ONCE", 64 * 64)
+    llm, nf4 = (wide, True) if name == "llama" else (base(name), False)
+    checkpoint = write_checkpoint(tmp_path / "run", llm, nf4=nf4)
+    prompts = ["Action units under test: lip corner puller.", "Evidence:"]
+    receipt = merge_llm(checkpoint, tmp_path / "out", probe=prompts, max_ram=GIB)
+    errors = receipt.probe["relative_logit_error"]
+    assert list(errors) == (["live", "nf4-exact", "bf16"] if nf4 else ["live", "bf16"])
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    live = live_model(checkpoint, llm, torch.bfloat16) if nf4 else live_plain(checkpoint, llm)
+    for model, found in ((live, seen[1]), (merged, seen[2])):
+        for prompt, row in zip(prompts, found, strict=True):
+            expected = model(torch.tensor([tokenizer(prompt).input_ids])).logits.float()[0, -len(row) :]
+            assert (row - expected).norm() / expected.norm() < 0.02, prompt
+    assert errors["bf16"] > 10 * errors["nf4-exact"] if nf4 else errors["bf16"] < 0.1
+
+
+def live_plain(checkpoint, llm):
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llm, dtype=torch.bfloat16), checkpoint).eval()
+
+
+def test_the_probe_of_the_command(nf4, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("Evidence: movement.\n\nStructure: none.\n")
+    options = ("--out", str(tmp_path / "out"), "--base", "bf16", "--probe")
+    assert main(["merge", str(nf4), *options, str(tmp_path / "prompts.txt")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "error of" in line]
+    assert [line.rpartition(":")[0].rpartition(" ")[2] for line in lines] == ["arithmetic", "nf4-exact", "bf16"]
+    assert "prompt per line" in refusal(capsys, nf4, "--out", tmp_path / "b", "--probe", tmp_path / "none.txt")

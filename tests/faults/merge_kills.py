@@ -1,0 +1,113 @@
+"""Kills merges with SIGKILL at random moments, starts them again, and compares what they end in.
+
+    python tests/faults/merge_kills.py [--kills N] [--seed N]
+
+Each trial kills one merge after another in the same folder, lets the last one end, and compares every byte with the
+merge that nobody disturbed. A merge is forked from a process that has imported everything and computed nothing: then it
+can be forked, and a life costs a fraction of a second.
+"""
+
+# ruff: noqa: T201 - a command's own output.
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1])]
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import peft  # noqa: F401  for the children
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+from aullm_dist.errors import UserError
+from aullm_dist.release import merge_plan, merge_run
+from aullm_dist.release.merge import merge_llm
+
+MAX_RAM = 2**30
+PER_TRIAL = 3
+"""Merges that are killed in one folder before one is left to end."""
+_PREPARE = """
+import sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from aullm_dist.model.tiny import build_tiny_backbone
+from merge_samples import write_checkpoint
+out = Path(sys.argv[2])
+llm = build_tiny_backbone(out / "llm", hidden=256, layers=4)
+for kind, nf4 in (("bf16", False), ("nf4", True)):
+    write_checkpoint(out / kind, llm, nf4=nf4)
+"""
+
+
+def main(kills: int, seed: int) -> int:
+    """Run the trials; return 1 if one of them ended in other bytes."""
+    # Small pieces and notes: a tiny LLM takes as many steps as a large one.
+    merge_plan.UNIT_WEIGHTS = merge_plan.LARGEST_PIECE = 2**14
+    merge_run._FLUSH_BYTES = 2**17
+    draw = random.Random(seed)
+    with tempfile.TemporaryDirectory(prefix="aullm-merge-kills-") as name:
+        folder = Path(name)
+        subprocess.run([sys.executable, "-c", _PREPARE, str(Path(__file__).parents[1]), name], check=True)
+        expected, seconds = {}, {}
+        for kind in ("bf16", "nf4"):
+            whole = folder / f"{kind}-whole"
+            seconds[kind] = life(folder / kind / "step-00000001", whole, None)
+            expected[kind] = contents(whole)
+        done = after_start = failed = 0
+        while done < kills:
+            kind = draw.choice(("bf16", "nf4"))
+            out = folder / "out"
+            for _ in range(min(PER_TRIAL, kills - done)):
+                life(folder / kind / "step-00000001", out, draw.uniform(0, 1.1 * seconds[kind]))
+                done += 1
+                after_start += (folder / "out.partial").exists()
+            life(folder / kind / "step-00000001", out, None)
+            if contents(out) != expected[kind] or (folder / "out.partial").exists():
+                failed += 1
+                print(f"{kind}, kill {done}: ended in other bytes", file=sys.stderr)
+            shutil.rmtree(out)
+    print(f"{done} kills, {after_start} left an unfinished merge, {failed} trials ended in other bytes")
+    return int(bool(failed))
+
+
+def life(checkpoint: Path, out: Path, kill_after: float | None) -> float:
+    """Merge in a forked process, kill it after some seconds if it is not through, and return how long it lived."""
+    if contents(out) and not out.with_name("out.partial").exists():
+        return 0.0  # an earlier one was through before it was to be killed
+    started = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        # A child never returns into the driver, which would clear up.
+        code = 1
+        try:
+            merge_llm(checkpoint, out, max_ram=MAX_RAM)
+            code = 0
+        except (UserError, OSError, AssertionError) as error:
+            sys.stderr.write(f"{error}\n")
+        finally:
+            os._exit(code)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    assert kill_after is not None or status == 0, f"a merge ended with {status}"
+    return time.monotonic() - started
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file of a folder, nothing if it is not there."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--kills", type=int, default=50, help="merges that are killed (50)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    sys.exit(main(options.kills, options.seed))
