@@ -100,7 +100,8 @@ def open_journal(folder: Path, job: Mapping[str, Any]) -> Iterator[Journal]:
         UserError: the folder holds something else, or another merge, or one that is going on.
     """
     path = folder / _JOURNAL
-    if folder.exists() and not path.is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    inside = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    if folder.exists() and _JOURNAL not in inside and (not folder.is_dir() or inside not in ([], [_FINISHED])):
         raise UserError(f"{folder}: holds something else than an unfinished merge; remove it, or give another --out")
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)

@@ -185,14 +185,14 @@ def test_no_byte_depends_on_the_memory(nf4, tmp_path, monkeypatch):
 
 def refusal(capsys, *arguments: object) -> str:
     capsys.readouterr()
-    assert main(["merge", *map(str, arguments)]) == 2
+    assert main(["merge", "--format", "llm", *map(str, arguments)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Loading weights")]
     return line
 
 
 def test_the_command(nf4, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(["merge", str(nf4.parent), "--out", str(out), "--max-ram", "1GiB"]) == 0
+    assert main(["merge", str(nf4.parent), "--format", "llm", "--out", str(out), "--max-ram", "1GiB"]) == 0
     assert "14 of 21 tensors merged in bf16, base nf4-exact" in capsys.readouterr().out
     assert "exists and is not empty" in refusal(capsys, nf4, "--out", out)
     assert "needs at least" in refusal(capsys, nf4, "--out", tmp_path / "b", "--max-ram", "1MiB")
@@ -225,7 +225,7 @@ def test_rows_that_devices_unpack_differently(base, tmp_path, capsys):
     checkpoint = write_checkpoint(tmp_path / "run", base(), nf4=True)
     line = refusal(capsys, checkpoint, "--out", tmp_path / "out")
     assert "gate_proj has rows of 32 weights" in line
-    assert main(["merge", str(checkpoint), "--out", str(tmp_path / "out"), "--base", "bf16"]) == 0
+    assert main(["merge", str(checkpoint), "--format", "llm", "--out", str(tmp_path / "out"), "--base", "bf16"]) == 0
 
 
 def damaged(base, tmp_path, plain, change) -> tuple:
@@ -455,7 +455,7 @@ def live_plain(checkpoint, llm):
 
 def test_the_probe_of_the_command(nf4, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("Evidence: movement.\n\nStructure: none.\n")
-    options = ("--out", str(tmp_path / "out"), "--base", "bf16", "--probe")
+    options = ("--format", "llm", "--out", str(tmp_path / "out"), "--base", "bf16", "--probe")
     assert main(["merge", str(nf4), *options, str(tmp_path / "prompts.txt")]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "error of" in line]
     assert [line.rpartition(":")[0].rpartition(" ")[2] for line in lines] == ["arithmetic", "nf4-exact", "bf16"]
