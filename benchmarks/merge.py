@@ -149,6 +149,7 @@ def measure_all(folder: Path, base: Path, plain: Path, nf4: Path) -> Iterator[di
     exact = folder / "nf4-merged"
     for budget in BUDGETS:
         yield measure("nf4-exact", base, nf4, renewed(exact), budget)
+    yield measure("probe", base, nf4, renewed(exact), BUDGETS[0])
     shutil.rmtree(exact)
 
 
@@ -192,6 +193,17 @@ def speed(report: Mapping, mode: str, budget: int = 0, key: str = "on_disk") -> 
     return report["bytes"] / 1e6 / median(chosen)
 
 
+def exactness(report: Mapping) -> float:
+    """Return the error of nf4-exact as a multiple of the trained model's own in the arithmetic of the run."""
+    return max(error["nf4-exact"] / error["live"] for error in errors(report))
+
+
+def errors(report: Mapping) -> list[dict[str, float]]:
+    """Return the relative logit errors of each probe."""
+    rows = [row for row in report["rows"] if row["mode"] == "probe"]
+    return [row["receipt"]["probe"]["relative_logit_error"] for row in rows]
+
+
 def missed(report: Mapping) -> list[str]:
     """Return a line for each bar that was missed."""
     lines = []
@@ -202,6 +214,8 @@ def missed(report: Mapping) -> list[str]:
         if row["max_ram_bytes"] and row["peak_bytes"] > row["max_ram_bytes"]:
             found, bar = row["peak_bytes"] / MIB, row["max_ram_bytes"] / MIB
             lines.append(f"{row['mode']}: peak {found:.0f} MiB, bar {bar:.0f}, {found - bar:.0f} MiB too much")
+    if exactness(report) > EXACT:
+        lines.append(f"nf4-exact: {exactness(report):.2f} times the trained model's own error, bar {EXACT}")
     if report["different_tensors"]:
         lines.append(
             f"bf16: {len(report['different_tensors'])} tensors are not PEFT's, first {report['different_tensors'][0]}"
@@ -231,6 +245,8 @@ def describe(report: Mapping) -> list[str]:
         f"bf16: at least {FASTER} times PEFT's MB/s, found {speed(report, 'bf16') / speed(report, 'peft'):.2f}",
         f"bf16: every tensor PEFT's byte by byte, found {len(report['different_tensors'])} that are not",
         "every merge: peak at most --max-ram",
+        f"nf4-exact: at most {EXACT} times the trained model's own error, found {exactness(report):.2f}: "
+        + ", ".join(f"{name} {error:.4f}" for name, error in errors(report)[0].items()),
     ]
 
 

@@ -12,11 +12,13 @@ import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from aullm_dist.facs import AU_SETS
 from aullm_dist.files import force_to_disk
+from aullm_dist.model.prompt import prefix_text
 from aullm_dist.release.merge import merge_llm
 from aullm_dist.release.merge_memory import PeakMemory
 
-COPY_BYTES = 2**24
+PROMPT = prefix_text(AU_SETS["casme2"])
 
 
 def copy(base: Path, out: Path) -> None:
@@ -42,6 +44,8 @@ def main(mode: str, base: Path, checkpoint: Path, out: Path, max_ram: int, repor
             copy(base, out)
         elif mode == "peft":
             peft(base, checkpoint, out)
+        elif mode == "probe":
+            row["receipt"] = merge_llm(checkpoint, out, max_ram=max_ram, probe=[PROMPT]).as_dict()
         else:
             row["receipt"] = merge_llm(checkpoint, out, base=mode, max_ram=max_ram).as_dict()
     row["returned"] = time.monotonic() - started
