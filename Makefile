@@ -41,6 +41,7 @@ test-kernels: setup
 test-faults: setup
 	mkdir -p build
 	$(BIN)/python tests/faults/suite.py --markdown build/faults.md
+	$(BIN)/python tests/faults/merge_kills.py
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -57,6 +58,7 @@ bench: setup
 	$(BIN)/python benchmarks/monitor.py --json build/bench/monitor.json
 	$(BIN)/python kernels/benchmarks --json build/bench/kernels.json --markdown build/bench/kernels.md
 	$(BIN)/python benchmarks/prepare.py --json build/bench/prepare.json
+	$(BIN)/python benchmarks/merge.py --json build/bench/merge.json
 	$(BIN)/python benchmarks/engines.py --quick --json build/bench/engines.json --markdown build/bench/engines.md
 
 clean:
