@@ -2,10 +2,10 @@
 
     python benchmarks/merge.py [--gib 2.0] [--rank 16] [--repeats 1] [--scratch DIR] [--json FILE]
 
-The LLM is a random Llama with the layers of Llama 3.1 8B in one file of bf16 (of width 1024 for the probe), the adapter a
-random LoRA on every linear layer. Each way runs in a process of its own, the files in the page cache; time is counted from
-the first read until everything is on disk, imports left out. Memory is RssAnon + RssShmem above what the libraries took.
-Exits with 1 if a bar that is printed was missed.
+The LLM is a random Llama with the layers of Llama 3.1 8B in one file of bf16 (of width 1024 for the probe), the adapter
+a random LoRA on every linear layer. Each way runs in a process of its own, the files in the page cache; time is counted
+from the first read until everything is on disk, imports left out. Memory is RssAnon + RssShmem above what the libraries
+took. Exits with 1 if a bar that is printed was missed.
 """
 
 import argparse
@@ -249,8 +249,8 @@ def describe(report: Mapping) -> list[str]:
         f"bf16: at least {FASTER} times PEFT's MB/s, found {speed(report, 'bf16') / speed(report, 'peft'):.2f}",
         f"bf16: every tensor PEFT's byte by byte, found {len(report['different_tensors'])} that are not",
         "every merge: peak at most --max-ram",
-        f"nf4-exact, LLM of width {PROBED_WIDTH}: at most {EXACT} times the trained model's own error, found {exactness(report):.2f}: "
-        + ", ".join(f"{name} {error:.4f}" for name, error in errors(report)[0].items()),
+        f"nf4-exact, LLM of width {PROBED_WIDTH}: at most {EXACT} times the trained model's own error, found "
+        f"{exactness(report):.2f}: " + ", ".join(f"{name} {error:.4f}" for name, error in errors(report)[0].items()),
     ]
 
 
