@@ -27,7 +27,7 @@ demo: setup
 
 # The cluster of the SLURM tests has the machine to itself.
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 tests/unit tests/ops
+	$(BIN)/python -m pytest --numprocesses 2 tests/unit tests/models tests/ops
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/run
 	$(BIN)/python -m pytest tests/slurm
 
