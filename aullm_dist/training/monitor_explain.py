@@ -93,6 +93,19 @@ class Explainer:
         """Return the frames `[T, H, W]` of the chosen clip at `place`, in 0..1."""
         return sample_frames(self._view.clip(self._chosen[place]), self._num_frames)
 
+    def late_frame(self, place: int) -> tuple[np.ndarray, str]:
+        """Return the annotated apex frame `[H, W]` of the chosen clip at `place`, in 0..1, and what it is.
+
+        Where there is no annotation it is the sampled frame that differs most from the onset, which is no estimate of
+        the apex.
+        """
+        clip = self._view.clip(self._chosen[place])
+        found = np.flatnonzero(clip.frame_numbers == clip.apex) if clip.apex is not None else []
+        if len(found):
+            return clip.frames[found[0]].astype(np.float32) / 255.0, "apex"
+        frames = self.frames(place)
+        return frames[int(np.abs(frames - frames[0]).mean(axis=(1, 2)).argmax())], "largest change"
+
     def explain(self, model: nn.Module, tick: Callable[[], None] = lambda: None) -> Explained | None:
         """Explain the clips; every process calls it, the main one gets the result.
 

@@ -62,7 +62,7 @@ class Pictures:
         if explained is None:
             return
         if "evidence" in explained.factual and self._drawn and self._config.monitor.images:
-            monitor.picture("evidence/onset_and_largest_change", self._evidence(explained), step)
+            monitor.picture("evidence/onset_and_apex", self._evidence(explained), step)
         if "strengths" in explained.factual and self._drawn:
             monitor.picture("au_graph/factual_beside_counterfactual", self._graph(explained), step)
         self._projector(explained, monitor)
@@ -90,19 +90,16 @@ class Pictures:
         grid = self._built.model.visual.cell_grid
         figure, axes = new_figure(3.6, 1.95 * self._drawn, self._drawn, 2)
         for place in range(self._drawn):
-            frames = self.explainer.frames(place)
+            onset, (late_frame, what) = self.explainer.frames(place)[0], self.explainer.late_frame(place)
             weights = explained.factual["evidence"][place].reshape(grid)
-            # Cells of the clip's first half lie over its onset, the others over where it has changed most.
+            # Cells of the clip's first half lie over its onset, the others over its apex.
             half = max(grid[0] // 2, 1)
             early, late = weights.copy(), weights.copy()
             early[half:], late[: half if grid[0] > 1 else 0] = 0.0, 0.0
             limit = max(early.sum(axis=0).max(), late.sum(axis=0).max())
-            changed = int(np.abs(frames - frames[0]).mean(axis=(1, 2)).argmax())
             truth, said = self._names(place, explained)
-            draw_evidence(axes[place, 0], frames[0], early, grid, title=f"onset; shows AU {truth}", limit=limit)
-            draw_evidence(
-                axes[place, 1], frames[changed], late, grid, title=f"largest change; says {said}", limit=limit
-            )
+            draw_evidence(axes[place, 0], onset, early, grid, title=f"onset; shows AU {truth}", limit=limit)
+            draw_evidence(axes[place, 1], late_frame, late, grid, title=f"{what}; says {said}", limit=limit)
         return to_pixels(figure)
 
     def _names(self, place: int, explained: Explained) -> tuple[str, str]:

@@ -94,7 +94,7 @@ def test_scalars_of_every_group(board):
 def test_pictures_and_curves(board):
     tags = board.json("plugin/images/tags")["fold-00"]
     assert set(tags) == {
-        "confusion/per_au", "evidence/onset_and_largest_change", "au_graph/factual_beside_counterfactual",
+        "confusion/per_au", "evidence/onset_and_apex", "au_graph/factual_beside_counterfactual",
     }  # fmt: skip
     for tag in tags:
         (row,) = board.json("plugin/images/images", run="fold-00", tag=tag, sample=0)

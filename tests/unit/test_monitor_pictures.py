@@ -1,5 +1,6 @@
 """Norms of LoRA updates, clips to show, what is made of them, the files of the projector, the view over all folds."""
 
+import dataclasses
 import json
 import logging
 import sys
@@ -154,6 +155,22 @@ def test_twins_are_explained_beside_the_clips(explainer):
     assert cut.any()
     assert (given.edited["influence"][:, cut] == 0).all()
     assert (given.factual["influence"][:, cut] != 0).all()
+
+
+def test_the_late_frame_is_the_annotated_apex_where_there_is_one(explainer, monkeypatch):
+    make, _ = explainer
+    one = make()
+    clip = one._view.clip(5)
+    assert clip.apex in clip.frame_numbers[1:-1]
+    frame, what = one.late_frame(0)
+    assert what == "apex"
+    np.testing.assert_array_equal(frame, clip.frames[clip.frame_numbers.tolist().index(clip.apex)] / np.float32(255))
+    for apex in (None, 10**6):
+        monkeypatch.setattr(one._view, "clip", lambda index, apex=apex: dataclasses.replace(clip, apex=apex))
+        frame, what = one.late_frame(0)
+        assert what == "largest change"
+        change = [np.abs(other - one.frames(0)[0]).mean() for other in one.frames(0)]
+        assert np.abs(frame - one.frames(0)[0]).mean() == max(change) > 0
 
 
 class Rank:
