@@ -133,7 +133,9 @@ def test_preempted_then_killed_ends_as_the_uninterrupted_run(cluster, uninterrup
     wait_for(lambda: cluster.state(job) == "PENDING", LONG, "SLURM to take the job back")
     to_requeue = time.monotonic() - killed
     text = output.read_text()
-    assert re.findall(r"srun: error: (n\d): task", text)[0] == "n2", text
+    # Of the second life: torchrun ends with 1 after a signal too, on both nodes and in any order.
+    life = text[text.index("resumed from") :]
+    assert re.findall(r"srun: error: (n\d): task", life)[0] == "n2", text
     assert "failed with exit code 1 after completing steps (1 of 3 allowed failures)" in text
     # Third life: to the end.
     cluster.start_soon(job, 70)
