@@ -63,7 +63,6 @@ def explain_clips(accelerator: Accelerator, trained: Trained, store: ClipStore) 
     assert accelerator.num_processes == 1
     config = trained.config
     built, model = load_trained(accelerator, trained)
-    built.model.eval()
     view = store.view([sample.sample_id for sample in store.samples])
     labels = view.labels(trained.aus)
     batches = evaluation_batches(view, labels, evaluation_recipe(config, built), config.training.micro_batch, 1, 0)

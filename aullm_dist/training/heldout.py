@@ -1,7 +1,8 @@
 """Answers on held-out clips, every clip once over all processes, and what the answers owe to CT and IT."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +65,6 @@ class HeldOut:
         """
         accelerator = self.accelerator
         labels = view.labels(self.aus)
-        plain = accelerator.unwrap_model(model)
-        was_training = plain.training
-        plain.eval()
         variants = (None, *ablations)
         mine: list[tuple[str, list[list[float]]]] = []
         batches = evaluation_batches(
@@ -82,18 +80,12 @@ class HeldOut:
             dynamic_ncols=True,
             leave=False,
         )
-        try:
-            with torch.no_grad(), bar:
-                for batch, counted in batches:
-                    mine += self._logits(plain, batch, variants)[:counted]
-                    # The clips of the others are as far.
-                    bar.update(min(counted * accelerator.num_processes, len(view) - bar.n))
-                    tick()
-        except Preempted:
-            settle(model)  # what follows is a save, which must find nothing on its way
-            raise
-        settle(model)
-        plain.train(was_training)
+        with serving(accelerator, model) as plain, torch.no_grad(), bar:
+            for batch, counted in batches:
+                mine += self._logits(plain, batch, variants)[:counted]
+                # The clips of the others are as far.
+                bar.update(min(counted * accelerator.num_processes, len(view) - bar.n))
+                tick()
         by_id = dict(gather_object(mine))
         assert len(by_id) == len(view), f"{len(by_id)} answers for {len(view)} clips"
         samples = view.samples
@@ -124,7 +116,7 @@ class HeldOut:
         result: dict[str, Any] = {"f1_macro": self._f1_macro(full, score)}
         for token, without in answers.items():
             if token is not None:
-                change = np.abs(_sigmoid(full.logits) - _sigmoid(without.logits)).mean()
+                change = np.abs(sigmoid(full.logits) - sigmoid(without.logits)).mean()
                 result[token] = {"mean_abs_change": float(change), "f1_macro": self._f1_macro(without, score)}
         return result
 
@@ -132,5 +124,21 @@ class HeldOut:
         return score((answers.labels, answers.logits), self.aus)["mean"]["f1_macro"]
 
 
-def _sigmoid(logits: np.ndarray) -> np.ndarray:
+@contextmanager
+def serving(accelerator: Accelerator, model: nn.Module) -> Iterator[nn.Module]:
+    """Give the plain model in evaluation mode, and leave the engine with nothing on its way, also when `Preempted`."""
+    plain = accelerator.unwrap_model(model)
+    was_training = plain.training
+    plain.eval()
+    try:
+        yield plain
+    except Preempted:
+        settle(model)  # what follows is a save
+        raise
+    settle(model)
+    plain.train(was_training)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Return the probabilities of logits."""
     return 1.0 / (1.0 + np.exp(-logits))

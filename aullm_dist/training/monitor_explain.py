@@ -14,9 +14,8 @@ from aullm_dist.config import Config
 from aullm_dist.data.clips import ClipView, sample_frames
 from aullm_dist.model.counterfactual import remove_movement
 from aullm_dist.model.relations import AURelations, sample_structure_edit
-from aullm_dist.training.engine import settle
+from aullm_dist.training.heldout import serving
 from aullm_dist.training.order import generator
-from aullm_dist.training.preemption import Preempted
 
 _KEPT = ("logits", "high", "content", "hidden", "evidence", "strengths", "influence")
 
@@ -112,20 +111,12 @@ class Explainer:
         As in `HeldOut.answer` the plain model runs, every process as often, and `tick` may raise `Preempted`.
         """
         accelerator = self._accelerator
-        plain = accelerator.unwrap_model(model)
-        was_training = plain.training
-        plain.eval()
         total = len(self._chosen) + self._drawn * (1 + (self._prior is not None))
         found: list[tuple[int, dict[str, np.ndarray]]] = []
-        try:
+        with serving(accelerator, model) as plain:
             for places, counted in self._passes(total):
                 found += self._of(plain, places)[:counted]
                 tick()
-        except Preempted:
-            settle(model)  # what follows is a save, which must find nothing on its way
-            raise
-        settle(model)
-        plain.train(was_training)
         rows = dict(gather_object(found))
         if not accelerator.is_main_process:
             return None

@@ -10,7 +10,7 @@ from aullm_dist.config import Config
 from aullm_dist.data.clips import ClipView
 from aullm_dist.figures.style import new_figure, to_pixels
 from aullm_dist.training.build import BuiltModel
-from aullm_dist.training.heldout import Answers
+from aullm_dist.training.heldout import Answers, sigmoid
 from aullm_dist.training.monitor import Monitor
 from aullm_dist.training.monitor_explain import Explained, Explainer, choose_clips
 from aullm_dist.training.monitor_lora import norms_of_layers, update_norms
@@ -70,7 +70,7 @@ class Pictures:
     def _curves(self, answers: Answers, monitor: Monitor, step: int) -> None:
         from aullm_dist.figures.confusion import draw_confusion
 
-        probabilities = 1.0 / (1.0 + np.exp(-answers.logits))
+        probabilities = sigmoid(answers.logits)
         for column, au in enumerate(self._aus):
             monitor.curve(f"pr/AU{au}", answers.labels[:, column], probabilities[:, column], step)
         figure, axes = new_figure(4.2, 1.0 + 0.3 * len(self._aus))
