@@ -1,20 +1,42 @@
 """A run folder as training leaves it, with random weights in place of trained ones: seconds instead of a training."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from prediction_samples import rows_of
 
 from aullm_dist.config import Config, from_dict, to_dict
 from aullm_dist.data.clips import read_samples
 from aullm_dist.data.protocols import FoldPlan, make_folds, write_folds
 from aullm_dist.facs import AU_SETS
+from aullm_dist.release.folder import export
 from aullm_dist.training.build import build_model
 from aullm_dist.training.checkpoint import save_checkpoint
-from aullm_dist.training.predictions import Prediction, prediction_path, write_predictions
+from aullm_dist.training.predictions import prediction_path, write_predictions
 
 AUS = AU_SETS["casme2"]
 STEP = 10
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_llm, tmp_path_factory) -> Path:
+    """A backbone of this module's own, because tests move it away."""
+    return Path(shutil.copytree(tiny_llm, tmp_path_factory.mktemp("base") / "llama"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_dataset, llm, tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("released") / "run", tiny_dataset, llm)
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("adapter") / "release"
+    export(checkpoint, out, format="adapter", authors=["A. Author"])
+    return out
 
 
 def release_config(dataset: Path, llm: Path | str, **model: object) -> Config:
@@ -33,19 +55,7 @@ def write_run(run: Path, dataset: Path, llm: Path | str, **model: object) -> Pat
     truth = {sample.sample_id: tuple(int(au in sample.aus) for au in AUS) for sample in samples}
     generator = np.random.default_rng(0)
     for fold in folds:
-        rows = [
-            Prediction(
-                sample_id=name,
-                subject=name.rpartition("/")[0],
-                corpus="casme2",
-                fold=fold.index,
-                role=role,
-                labels=truth[name],
-                logits=tuple((2.0 * np.array(truth[name]) - 1.5 + generator.normal(size=len(AUS))).tolist()),
-            )
-            for role, names in (("inner", fold.inner), ("test", fold.test))
-            for name in names
-        ]
+        rows = rows_of(fold, truth, generator, gain=2.0, offset=-1.5)
         write_predictions(prediction_path(run, fold.index, 2), rows, aus=AUS, epoch=2, step=STEP)
     return _write_checkpoint(run / "fold-00" / "checkpoints", config, llm)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from release_samples import AUS, write_run
+from release_samples import AUS, checkpoint, exported, llm, write_run  # noqa: F401
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import aullm_dist
@@ -22,24 +22,6 @@ from aullm_dist.release.probe import Probe, answer_probe, probe_clips, read_prob
 from aullm_dist.release.verify import verify
 
 pytestmark = pytest.mark.launch
-
-
-@pytest.fixture(scope="module")
-def llm(tiny_llm, tmp_path_factory) -> Path:
-    """A backbone of this module's own, because tests move it away."""
-    return Path(shutil.copytree(tiny_llm, tmp_path_factory.mktemp("base") / "llama"))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_dataset, llm, tmp_path_factory) -> Path:
-    return write_run(tmp_path_factory.mktemp("released") / "run", tiny_dataset, llm)
-
-
-@pytest.fixture(scope="module")
-def exported(checkpoint, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("adapter") / "release"
-    export(checkpoint, out, format="adapter", authors=["A. Author"])
-    return out
 
 
 class Receipt:

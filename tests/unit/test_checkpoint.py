@@ -17,7 +17,6 @@ from checkpoint_samples import (
     save,
     snapshot,
     train,
-    write_two,
 )
 from peft import PeftModel
 from safetensors import safe_open
@@ -26,12 +25,6 @@ from safetensors.torch import load_file
 from aullm_dist.errors import CheckpointError
 from aullm_dist.training import checkpoint as checkpoint_module
 from aullm_dist.training.manifest import read_manifest
-
-
-@pytest.fixture(scope="module")
-def two_checkpoints(tmp_path_factory):
-    """Steps 1 and 2 of one run; read only."""
-    return write_two(tmp_path_factory.mktemp("run") / "checkpoints")
 
 
 @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}, {"amsgrad": True}])

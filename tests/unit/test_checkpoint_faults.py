@@ -14,19 +14,12 @@ from checkpoint_samples import (
     save,
     snapshot,
     train,
-    write_two,
 )
 
 from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.training import checkpoint as checkpoint_module
 from aullm_dist.training.manifest import verify_checkpoint
 from aullm_dist.training.retention import find_newest_valid, list_checkpoints, rotate
-
-
-@pytest.fixture(scope="module")
-def two_checkpoints(tmp_path_factory):
-    """Steps 1 and 2 of one run; read only."""
-    return write_two(tmp_path_factory.mktemp("run") / "checkpoints")
 
 
 def test_processes_that_do_not_write_touch_no_disk(tmp_path):

@@ -18,7 +18,6 @@ from checkpoint_samples import (
     save,
     snapshot,
     train,
-    write_two,
 )
 from torch import nn
 
@@ -26,12 +25,6 @@ from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.training import checkpoint as checkpoint_module
 from aullm_dist.training.base_identity import base_identity
 from aullm_dist.training.retention import find_newest_valid, list_checkpoints
-
-
-@pytest.fixture(scope="module")
-def two_checkpoints(tmp_path_factory):
-    """Steps 1 and 2 of one run; read only."""
-    return write_two(tmp_path_factory.mktemp("run") / "checkpoints")
 
 
 def _truncate(path):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from prediction_samples import rows_of
 
 from aullm_dist.data.protocols import FoldPlan, SampleInfo, make_folds, write_folds
 from aullm_dist.errors import UserError
@@ -14,7 +15,7 @@ from aullm_dist.evaluation.evaluate import evaluate_run
 from aullm_dist.evaluation.evaluate_cli import add_evaluate_arguments, run_evaluate
 from aullm_dist.evaluation.metrics import f1_macro, logit_of, summarise
 from aullm_dist.evaluation.tables import render
-from aullm_dist.training.predictions import Prediction, prediction_path, read_predictions, write_predictions
+from aullm_dist.training.predictions import prediction_path, read_predictions, write_predictions
 
 AUS = (1, 4, 12, 45)
 
@@ -32,19 +33,7 @@ def make_run(run_dir, *, subjects=6, clips=6, seed=0, epoch=3, inner_fraction=0.
     write_folds(run_dir / "folds.json", plan)
     rows = {}
     for fold in plan.folds:
-        rows[fold.index] = [
-            Prediction(
-                sample_id=name,
-                subject=name.rpartition("/")[0],
-                corpus="casme2",
-                fold=fold.index,
-                role=role,
-                labels=truth[name],
-                logits=tuple((1.2 * np.array(truth[name]) - 1.4 + generator.normal(size=len(AUS))).tolist()),
-            )
-            for role, names in (("inner", fold.inner), ("test", fold.test))
-            for name in names
-        ]
+        rows[fold.index] = rows_of(fold, truth, generator, gain=1.2, offset=-1.4)
         if fold.index not in skip:
             write_fold(run_dir, fold.index, rows[fold.index], epoch)
     return plan, rows

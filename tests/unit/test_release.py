@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from release_samples import STEP, write_run
+from release_samples import STEP, checkpoint, exported, llm, write_run  # noqa: F401
 from safetensors.torch import load_file
 
 import aullm_dist
@@ -23,24 +23,6 @@ from aullm_dist.release.layout import RELEASE_FILE
 from aullm_dist.release.origin import find_origin
 from aullm_dist.release.probe import probe_clips
 from aullm_dist.training.predictions import pool, prediction_path, read_predictions
-
-
-@pytest.fixture(scope="module")
-def llm(tiny_llm, tmp_path_factory) -> Path:
-    """A backbone of this module's own, because tests move it away."""
-    return Path(shutil.copytree(tiny_llm, tmp_path_factory.mktemp("base") / "llama"))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_dataset, llm, tmp_path_factory) -> Path:
-    return write_run(tmp_path_factory.mktemp("released") / "run", tiny_dataset, llm)
-
-
-@pytest.fixture(scope="module")
-def exported(checkpoint, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("adapter") / "release"
-    export(checkpoint, out, format="adapter", authors=["A. Author"])
-    return out
 
 
 def refused(capsys, *words: object) -> str:
