@@ -161,18 +161,11 @@ def graph_weights(
     `graph_attention`.
     """
     _check_graph(xl, xr, relation_embedding, attention, gate, edges, strength, mask, branch_index)
-    return reference.graph_weights(
-        xl,
-        xr,
-        relation_embedding,
-        attention,
-        gate,
-        edges,
-        strength,
-        mask,
-        branch_index=branch_index,
-        negative_slope=negative_slope,
-    )
+    with reference.full_precision(xl.device):
+        weights, _ = reference.incoming_weights(
+            xl, xr, relation_embedding, attention, gate, edges, strength, mask, branch_index, negative_slope
+        )
+        return reference.edge_weights(weights, edges)
 
 
 def _check_graph(

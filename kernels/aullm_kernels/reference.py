@@ -18,7 +18,7 @@ from aullm_kernels.buffers import accumulation_dtype
 from aullm_kernels.edges import EdgeTable
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager:
+def full_precision(device: torch.device) -> AbstractContextManager:
     """Keep an autocast region of the caller from lowering the matrix products in here."""
     return torch.autocast(device.type, enabled=False)
 
@@ -34,7 +34,7 @@ def _masked_softmax(scores: Tensor, keep: Tensor) -> Tensor:
 
 def evidence_attention(cells: Tensor, queries: Tensor, valid: Tensor | None = None) -> Tensor:
     """Reference of `aullm_kernels.evidence_attention`."""
-    with _full_precision(cells.device):
+    with full_precision(cells.device):
         dtype = accumulation_dtype(cells, queries)
         cells, queries = cells.to(dtype), queries.to(dtype)
         if valid is not None:
@@ -58,7 +58,7 @@ def evidence_pool(
 ) -> Tensor:
     """Reference of `aullm_kernels.evidence_pool`."""
     output_dtype = cells.dtype if join is None else torch.promote_types(cells.dtype, join.dtype)
-    with _full_precision(cells.device):
+    with full_precision(cells.device):
         dtype = accumulation_dtype(cells, queries)
         cells, queries = cells.to(dtype), queries.to(dtype)
         present = cells.new_ones(cells.shape[0], 1, cells.shape[1])
@@ -89,38 +89,14 @@ def graph_attention(
     negative_slope: float = 0.2,
 ) -> Tensor:
     """Reference of `aullm_kernels.graph_attention`."""
-    with _full_precision(xl.device):
-        weight_GAHK, neighbour_GAKHF = _graph_weights(
+    with full_precision(xl.device):
+        weight_GAHK, neighbour_GAKHF = incoming_weights(
             xl, xr, relation_embedding, attention, gate, edges, strength, mask, branch_index, negative_slope
         )
         return torch.einsum("gahk,gakhf->gahf", weight_GAHK, neighbour_GAKHF).to(xl.dtype)
 
 
-def graph_weights(
-    xl: Tensor,
-    xr: Tensor,
-    relation_embedding: Tensor,
-    attention: Tensor,
-    gate: Tensor,
-    edges: EdgeTable,
-    strength: Tensor | None = None,
-    mask: Tensor | None = None,
-    *,
-    branch_index: Tensor | None = None,
-    negative_slope: float = 0.2,
-) -> Tensor:
-    """Reference of `aullm_kernels.graph_weights`."""
-    with _full_precision(xl.device):
-        weight_GAHK, _ = _graph_weights(
-            xl, xr, relation_embedding, attention, gate, edges, strength, mask, branch_index, negative_slope
-        )
-        taken = edges.incoming >= 0
-        weight_GHE = weight_GAHK.new_zeros(*weight_GAHK.shape[::2], edges.num_edges)
-        weight_GHE[:, :, edges.incoming[taken]] = weight_GAHK.transpose(1, 2)[:, :, taken]
-        return weight_GHE
-
-
-def _graph_weights(
+def incoming_weights(
     xl: Tensor,
     xr: Tensor,
     relation_embedding: Tensor,
@@ -150,3 +126,11 @@ def _graph_weights(
     if mask is not None:
         keep = keep & mask[:, slot_AK][:, :, None, :]
     return _masked_softmax(score_VAHK, keep) * gate[relation_AK].transpose(1, 2), neighbour_VAKHF
+
+
+def edge_weights(weight_GAHK: Tensor, edges: EdgeTable) -> Tensor:
+    """Return the weights of incoming edges by edge, `[G, H, E]`."""
+    taken = edges.incoming >= 0
+    weight_GHE = weight_GAHK.new_zeros(*weight_GAHK.shape[::2], edges.num_edges)
+    weight_GHE[:, :, edges.incoming[taken]] = weight_GAHK.transpose(1, 2)[:, :, taken]
+    return weight_GHE
