@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from aullm_dist.errors import UserError
-from aullm_dist.model.nf4 import BLOCK, pack_blocks
+from aullm_dist.model.nf4 import BLOCK, Packer, block_maxima
 
 QUANTIZATIONS = ("none", "nf4")
 _NF4 = "bitsandbytes NF4"
@@ -118,6 +118,9 @@ def pack(values: Tensor, config: BitsAndBytesConfig) -> tuple[Tensor, Tensor]:
     """
     from bitsandbytes.functional import quantize_4bit
 
+    if values.device.type == "cpu" and len(values) % BLOCK == 0:
+        maxima = block_maxima(values)
+        return make_packer().pack(values, maxima).view(config.bnb_4bit_quant_storage), maxima
     packed, state = quantize_4bit(
         values,
         blocksize=BLOCK,
@@ -173,17 +176,11 @@ def unpack(packed: Tensor, constants: Tensor, dtype: torch.dtype) -> Tensor:
     return dequantize_4bit(packed, state).reshape(-1)
 
 
-def round_trip(values: Tensor, maxima: Tensor, constants: Tensor) -> Tensor:
-    """Return flat weights as the products of training see them once they are packed, in the same dtype.
-
-    Args:
-        values: flat weights on the CPU, whole blocks.
-        maxima: of these blocks (`nf4.block_maxima`), by which they are packed.
-        constants: of these blocks after double quantisation (`constants_of`).
-    """
+def make_packer() -> Packer:
+    """Return what packs weights on a CPU."""
     from bitsandbytes.functional import get_4bit_type
 
-    return unpack(pack_blocks(values, maxima, get_4bit_type("nf4", device="cpu")), constants, values.dtype)
+    return Packer(get_4bit_type("nf4", device="cpu"))
 
 
 def valueless_state(shape: torch.Size, dtype: torch.dtype, device: str) -> object:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from aullm_dist.errors import UserError
-from aullm_dist.model.nf4 import BLOCK, block_maxima
-from aullm_dist.model.quantization import constants_of, nf4_config, round_trip, state_of, stored_state, unpack
+from aullm_dist.model.nf4 import BLOCK, Packer, block_maxima
+from aullm_dist.model.quantization import constants_of, make_packer, nf4_config, state_of, stored_state, unpack
 from aullm_dist.model.weight_files import WeightFiles
 from aullm_dist.release.merge_adapter import Adapter, Factors, merge_rows
 from aullm_dist.release.merge_plan import CHUNK, Merged, Piece, Sizes, in_place
@@ -121,7 +121,8 @@ class Arithmetic:
             # A dtype that can hold no more than the run's needs no rounding to it, and no copy.
             values = source[place].to(self._compute)
         if tensor.how == "round_trip":
-            values = round_trip(values, state.maxima[blocks], state.constants[blocks])
+            packed = self._packer().pack(values, state.maxima[blocks])
+            values = unpack(packed, state.constants[blocks], values.dtype)
         if state.factors is not None:
             rows, columns = len(out) // tensor.columns, tensor.columns
             weight = self._buffer("weight", tensor.unit, torch.float32)[: len(out)].copy_(values).view(rows, columns)
@@ -162,6 +163,12 @@ class Arithmetic:
                 f"allowed: nf4 blocks of {BLOCK}"
             )
         return constants_of(state)
+
+    def _packer(self) -> Packer:
+        """Return this thread's own packer."""
+        if not hasattr(self._scratch, "packer"):
+            self._scratch.packer = make_packer()
+        return self._scratch.packer
 
     def _buffer(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
         """Return this thread's own buffer of that name, at least of that size."""

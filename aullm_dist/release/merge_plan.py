@@ -23,7 +23,7 @@ from aullm_dist.model.weight_files import DTYPE_NAMES, StoredTensor, WeightFiles
 from aullm_dist.release.merge_adapter import FEWEST_ROWS, Adapter, Delta
 
 How = Literal["verbatim", "cast", "round_trip", "unpack"]
-UNIT_WEIGHTS = 2**17
+UNIT_WEIGHTS = 2**18
 """Weights computed at a time, about: their float32 form stays in a core's own cache."""
 LARGEST_PIECE = 2**21
 """Weights read at a time, at most: larger pieces leave the caches before they are written, and make nothing faster."""
@@ -281,32 +281,30 @@ def in_place(tensor: Merged) -> bool:
 
 
 def size_pieces(plan: Plan, max_ram: int, workers: int) -> Sizes:
-    """Return the largest pieces with which a merge stays within `max_ram` bytes.
+    """Return the largest pieces with which a merge stays within `max_ram` bytes, worked on by `workers` at most.
 
     Raises:
-        UserError: even the smallest do not; names the least that is needed.
+        UserError: even one worker with the smallest pieces does not; names the least that is needed.
     """
-    slots = workers + 2
     tensors = [tensor for tensor in plan.tensors if tensor.numel]
     unit = max(tensor.unit for tensor in tensors)
     read = max(tensor.source_bytes for tensor in tensors)
     write = max((tensor.dtype.itemsize for tensor in tensors if not in_place(tensor)), default=0)
-    scratch = workers * (_UNIT_BYTES * unit + 16 * CHUNK)
-    # Two weights may be done in part, those between them are no larger than their pieces.
-    held = 2 * max(tensor.state_bytes for tensor in tensors) + slots * max(
-        tensor.delta.nbytes if tensor.delta else 0 for tensor in tensors
+    state = max(tensor.state_bytes for tensor in tensors)
+    factors = max(tensor.delta.nbytes if tensor.delta else 0 for tensor in tensors)
+    for some in range(workers, 0, -1):
+        slots = some + 2
+        # Two weights may be done in part, those between them are no larger than their pieces.
+        fixed = _FIXED + some * (_UNIT_BYTES * unit + 16 * CHUNK) + 2 * state + slots * factors
+        per_weight = slots * (read + write + _BLOCK_BYTES / BLOCK)
+        least = math.ceil((fixed + unit * per_weight) / _MIB) * _MIB
+        if least <= max_ram:
+            piece = max(unit, min(LARGEST_PIECE, int((max_ram - fixed) / per_weight)))
+            return Sizes(piece, slots, math.ceil(piece * read), piece * write)
+    raise UserError(
+        f"--max-ram is {max_ram / _MIB:.0f} MiB; this merge needs at least {least // _MIB} MiB ({slots} pieces of "
+        "weights at a time, and LoRA factors and NF4 constants of the largest layer)"
     )
-    fixed = _FIXED + scratch + held
-    per_weight = slots * (read + write + _BLOCK_BYTES / BLOCK)
-    least = math.ceil((fixed + unit * per_weight) / _MIB) * _MIB
-    if max_ram < least:
-        raise UserError(
-            f"--max-ram is {max_ram / _MIB:.0f} MiB; this merge needs at least {least // _MIB} MiB ({slots} pieces of "
-            "weights at a time, and LoRA factors and NF4 constants of the largest layer)"
-        )
-    piece = min(LARGEST_PIECE, int((max_ram - fixed) / per_weight))
-    piece = max(piece, unit)
-    return Sizes(piece, slots, math.ceil(piece * read), piece * write)
 
 
 def pieces(file: OutputFile, begin: int, piece: int) -> Iterator[Piece]:

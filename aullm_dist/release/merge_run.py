@@ -24,6 +24,8 @@ from aullm_dist.release.merge_compute import Arithmetic, Slot, lazily, make_slot
 from aullm_dist.release.merge_journal import Journal
 from aullm_dist.release.merge_plan import OutputFile, Plan, Sizes, pieces
 
+_MOST_WORKERS = 16
+"""More cores than these compute faster than one of them hashes."""
 _FLUSH_BYTES = 2**26
 """What is written between two lines of the journal, at most but for one piece."""
 
@@ -40,7 +42,7 @@ class Done:
 
 def num_workers() -> int:
     """Return how many threads compute: one for each core, and one more that may wait for the disk."""
-    return len(os.sched_getaffinity(0)) + 1
+    return min(len(os.sched_getaffinity(0)) + 1, _MOST_WORKERS)
 
 
 def run_merge(plan: Plan, sizes: Sizes, arithmetic: Arithmetic, journal: Journal) -> Done:
@@ -147,15 +149,18 @@ class _Writer:
             self._flush()
 
     def _flush(self) -> None:
+        arguments = (self._descriptor, self._file.name, self._noted, self._end, self._digest.hexdigest())
         self._noted = self._end
-        arguments = (self._descriptor, self._file.name, self._end, self._digest.hexdigest())
         self._flushes.append(self._flusher.submit(self._force, *arguments))
         if len(self._flushes) > 2:  # no more than the disk can follow
             self._flushes.popleft().result()
 
-    def _force(self, descriptor: int, name: str, size: int, sha256: str) -> None:
+    def _force(self, descriptor: int, name: str, begin: int, end: int, sha256: str) -> None:
         os.fdatasync(descriptor)
-        self._journal.note(name, size, sha256)
+        # The next bytes then go where these were. Otherwise a large LLM drives everything else out of the page cache,
+        # and memory that the system must find first is several times slower to write to.
+        os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
+        self._journal.note(name, end, sha256)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._open:

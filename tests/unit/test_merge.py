@@ -1,6 +1,7 @@
 """`aullm-dist merge`: the bytes that PEFT makes, the weights that training saw, and nothing half."""
 
 import json
+import re
 import shutil
 from collections import namedtuple
 
@@ -181,6 +182,17 @@ def test_no_byte_depends_on_the_memory(nf4, tmp_path, monkeypatch):
         monkeypatch.setattr(merge_plan, "LARGEST_PIECE", piece)
         receipts.append(merge_llm(nf4, tmp_path / f"out{number}", max_ram=GIB))
     assert receipts[0].files == receipts[1].files
+
+
+def test_machines_with_many_cores_need_no_more_memory(nf4, tmp_path, monkeypatch):
+    least = []
+    for number, workers in enumerate((1, 64)):
+        monkeypatch.setattr("aullm_dist.release.merge.num_workers", lambda workers=workers: workers)
+        with pytest.raises(UserError, match="needs at least") as refused:
+            merge_llm(nf4, tmp_path / f"out{number}", max_ram=1)
+        least.append(int(re.search(r"at least (\d+) MiB", str(refused.value))[1]))
+    assert least[0] == least[1]
+    merge_llm(nf4, tmp_path / "out", max_ram=least[1] * 2**20)
 
 
 def refusal(capsys, *arguments: object) -> str:
