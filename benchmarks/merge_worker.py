@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from aullm_dist.facs import AU_SETS
 from aullm_dist.files import force_to_disk
 from aullm_dist.model.prompt import prefix_text
+from aullm_dist.model.quantization import nf4_config
 from aullm_dist.release.merge import merge_llm
 from aullm_dist.release.merge_memory import PeakMemory
 
@@ -28,9 +29,10 @@ def copy(base: Path, out: Path) -> None:
         shutil.copyfile(path, out / path.name)
 
 
-def peft(base: Path, checkpoint: Path, out: Path) -> None:
-    """Merge by PEFT's own means."""
-    llm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+def peft(base: Path, checkpoint: Path, out: Path, nf4: bool) -> None:
+    """Merge by PEFT's own means; beside an NF4 base it merges into NF4, rounding once more."""
+    quantization = {"quantization_config": nf4_config(torch.bfloat16)} if nf4 else {}
+    llm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, **quantization)
     PeftModel.from_pretrained(llm, checkpoint).merge_and_unload().save_pretrained(out)
 
 
@@ -42,8 +44,8 @@ def main(mode: str, base: Path, checkpoint: Path, out: Path, max_ram: int, repor
     with PeakMemory() as peak:
         if mode == "copy":
             copy(base, out)
-        elif mode == "peft":
-            peft(base, checkpoint, out)
+        elif mode in ("peft", "peft-nf4"):
+            peft(base, checkpoint, out, mode == "peft-nf4")
         elif mode == "probe":
             row["receipt"] = merge_llm(checkpoint, out, max_ram=max_ram, probe=[PROMPT]).as_dict()
         else:
