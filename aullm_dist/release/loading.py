@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ class Release:
     corpora: tuple[str, ...]
     """Corpora that the model was trained on."""
     config: Config
-    """The settings that the model was built from."""
+    """The settings of its run, with the LLM where it is. A merged release has the LoRA of these in its LLM."""
     device: torch.device
 
     def predict(self, frames: np.ndarray | Sequence[np.ndarray], **options: Any) -> Prediction:
@@ -117,7 +117,9 @@ def load_unchecked(
     """
     described = json.loads((folder / CONFIG_FILE).read_bytes())
     config = _settings(folder, described, llm, trust_remote_code)
-    built = _build(config, tuple(described["aus"]))
+    # LoRA that was merged is in the LLM. No run may be set so: it trains LoRA.
+    rank = config.model.lora_rank if described["format"] == "adapter" else 0
+    built = _build(replace(config, model=replace(config.model, lora_rank=rank)), tuple(described["aus"]))
     files = {ADAPTER_FILE: f"{ADAPTER_FOLDER}/{ADAPTER_FILE}", MODULES_FILE: MODULES_FILE}
     plan = plan_tensors(built.model)
     refuse_other_model(
@@ -169,8 +171,6 @@ def _settings(folder: Path, described: Mapping[str, Any], llm: str | None, trust
     if described["format"] == "merged":
         if llm is not None:
             raise UserError(f"{folder}: is a merged release, which holds its LLM; leave out the LLM {llm}")
-        # No setting of a run, which always trains LoRA.
-        config.model.lora_rank = 0
         config.model.llm = str(folder / LLM_FOLDER)
         return config
     name = described["base"]["name"]

@@ -39,6 +39,10 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     add("--probe", nargs="?", type=Path, const=Path(), metavar="FILE",
         help="measure the errors of both bases on prompts, one per line of FILE (default: the run's own prompt); reads "
         "the LLM several times over")  # fmt: skip
+    add("--scores", type=Path, metavar="RUN",
+        help="run whose held-out scores go onto the card of a release (default: the checkpoint's own)")  # fmt: skip
+    add("--author", action="append", default=[], metavar="NAME",
+        help="a name for the CITATION.cff of a release; may be given several times")  # fmt: skip
 
 
 def run_merge(args: argparse.Namespace) -> int:
@@ -51,6 +55,8 @@ def run_merge(args: argparse.Namespace) -> int:
     from aullm_dist.release.merge import DTYPES, merge_llm
     from aullm_dist.training.retention import find_checkpoint
 
+    if args.format == "llm" and (args.scores or args.author):
+        raise UserError("--format llm: has no card and no citation for --scores and --author; allowed: merged, adapter")
     max_ram = parse_size(args.max_ram, "--max-ram")
     checkpoint = find_checkpoint(args.checkpoint)
     merge = functools.partial(
@@ -77,7 +83,16 @@ def run_merge(args: argparse.Namespace) -> int:
         )
     llm = None if args.llm is None else str(args.llm)
     merged = args.format == "merged"
-    export(checkpoint, args.out, format=args.format, merge=_told(merge) if merged else None, llm=llm, record=record)
+    export(
+        checkpoint,
+        args.out,
+        format=args.format,
+        merge=_told(merge) if merged else None,
+        llm=llm,
+        record=record,
+        scores=args.scores,
+        authors=args.author,
+    )
     print(f"written: {args.out}")
     return 0
 

@@ -1,5 +1,7 @@
 """`aullm-dist merge` writes release folders of both formats, and they are what was trained."""
 
+import csv
+
 import pytest
 from release_samples import write_run
 
@@ -15,10 +17,22 @@ def test_release_folders_of_both_formats(tiny_dataset, tmp_path):
     checkpoint = write_run(tmp_path / "run", tiny_dataset, llm, quantization="nf4")
     for form in ("adapter", "merged"):
         out = tmp_path / form
-        options = ["--format", form, "--dtype", "fp32"]
+        options = ["--format", form, "--dtype", "fp32", "--author", "Ada Author", "--author", "Ben Builder"]
         assert main(["merge", str(checkpoint.parent.parent), "--out", str(out), *options]) == 0
         assert main(["release", "verify", str(out)]) == 0
         assert not (tmp_path / f"{form}.partial").exists()
+        citation = (out / "CITATION.cff").read_text()
+        assert citation.index("Author") < citation.index("Builder")
+        assert main(["predict", str(out), str(tiny_dataset), "--out", str(tmp_path / f"{form}.csv")]) == 0
+    adapter, merged = (rows_in(tmp_path / f"{form}.csv") for form in ("adapter", "merged"))
+    assert adapter.keys() == merged.keys()
+    assert len(adapter) > 8
+    assert max(abs(adapter[key] - merged[key]) for key in adapter) < 1e-3
     manifest = read_release_manifest(tmp_path / "merged")
     assert manifest["merge"]["base"] == "nf4-exact"
     assert manifest["probe"]["difference_to_trained"] < 1e-3
+
+
+def rows_in(file) -> dict[tuple[str, str], float]:
+    with file.open() as text:
+        return {(row["clip"], row["au"]): float(row["probability"]) for row in csv.DictReader(text)}

@@ -208,6 +208,8 @@ def test_the_command(nf4, tmp_path, capsys):
     assert "14 of 21 tensors merged in bf16, base nf4-exact" in capsys.readouterr().out
     assert "exists and is not empty" in refusal(capsys, nf4, "--out", out)
     assert "needs at least" in refusal(capsys, nf4, "--out", tmp_path / "b", "--max-ram", "1MiB")
+    for option in ("--scores", "--author"):
+        assert "no card and no citation" in refusal(capsys, nf4, "--out", tmp_path / "b", option, str(tmp_path))
     assert "holds no valid checkpoint" in refusal(capsys, tmp_path, "--out", tmp_path / "b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
