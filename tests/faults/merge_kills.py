@@ -57,14 +57,16 @@ def main(kills: int, seed: int) -> int:
         expected, seconds = {}, {}
         for kind in ("bf16", "nf4"):
             whole = folder / f"{kind}-whole"
-            seconds[kind] = life(folder / kind / "step-00000001", whole, None)
-            expected[kind] = contents(whole)
+            started = time.monotonic()
+            life(folder / kind / "step-00000001", whole, None)
+            seconds[kind], expected[kind] = time.monotonic() - started, contents(whole)
         done = after_start = failed = 0
         while done < kills:
             kind = draw.choice(("bf16", "nf4"))
             out = folder / "out"
             for _ in range(min(PER_TRIAL, kills - done)):
-                life(folder / kind / "step-00000001", out, draw.uniform(0, 1.1 * seconds[kind]))
+                if not life(folder / kind / "step-00000001", out, draw.uniform(0, seconds[kind])):
+                    break  # it was through before
                 done += 1
                 after_start += (folder / "out.partial").exists()
             life(folder / kind / "step-00000001", out, None)
@@ -76,11 +78,10 @@ def main(kills: int, seed: int) -> int:
     return int(bool(failed))
 
 
-def life(checkpoint: Path, out: Path, kill_after: float | None) -> float:
-    """Merge in a forked process, kill it after some seconds if it is not through, and return how long it lived."""
+def life(checkpoint: Path, out: Path, kill_after: float | None) -> bool:
+    """Merge in a forked process, kill it after some seconds, and return whether it was not through then."""
     if contents(out) and not out.with_name("out.partial").exists():
-        return 0.0  # an earlier one was through before it was to be killed
-    started = time.monotonic()
+        return False
     pid = os.fork()
     if pid == 0:
         # A child never returns into the driver, which would clear up.
@@ -96,8 +97,9 @@ def life(checkpoint: Path, out: Path, kill_after: float | None) -> float:
         time.sleep(kill_after)
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
-    assert kill_after is not None or status == 0, f"a merge ended with {status}"
-    return time.monotonic() - started
+    killed = os.WIFSIGNALED(status) and kill_after is not None
+    assert killed or status == 0, f"a merge ended with {status}"
+    return killed
 
 
 def contents(folder: Path) -> dict[str, bytes]:
