@@ -140,7 +140,7 @@ def write_checkpoint(root: Path, base: Path, shapes: Mapping[str, tuple[int, int
     facts = {
         "parameters": {},
         "quantized_modules": sorted(shapes) if nf4 else [],
-        "base": base_identity(str(base), LlamaConfig.from_pretrained(base).to_dict()),
+        "base": base_identity(str(base), LlamaConfig.from_pretrained(base).to_dict(), base),
         "config": {"training": {"precision": "bf16"}},
     }
     write_manifest(folder, step=1, world_size=1, facts=facts)

@@ -51,7 +51,7 @@ def write_checkpoint(root: Path, llm: Path, precision: str = "bf16", nf4: bool =
         state={},
         config={"training": {"precision": precision}},
         model_config={"aus": [1], "prompt": "Action units under test: lip corner puller. Evidence:<CT>"},
-        base=base_identity(str(llm), config),
+        base=base_identity(str(llm), config, llm),
         quantized_modules=quantized_modules(model) if nf4 else (),
     )
 

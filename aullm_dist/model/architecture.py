@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from aullm_dist.config import ModelConfig
 from aullm_dist.errors import UserError
-from aullm_dist.model.llm import load_config
+from aullm_dist.model.llm_files import load_config
 from aullm_dist.model.packing import MASK_RECIPES
 from aullm_dist.model.tiny import tiny_parts
 

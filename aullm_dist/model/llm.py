@@ -13,13 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -29,6 +25,7 @@ from aullm_dist.errors import UserError
 from aullm_dist.log import is_main_process
 from aullm_dist.model.compiled import COMPILATIONS, compile_blocks
 from aullm_dist.model.layers import checkpoint_activations
+from aullm_dist.model.llm_files import LIBRARY_ERRORS, downloaded, load_config, load_tokenizer, no_model, resolve
 from aullm_dist.model.lora import ALL_LINEAR, add_lora, lora_targets_of
 from aullm_dist.model.packing import (
     ATTENTIONS,
@@ -52,7 +49,6 @@ from aullm_dist.model.quiet import hidden_progress_bars
 
 ACTIVATION_CHECKPOINTING = ("none", "non_reentrant", "reentrant")
 
-_LIBRARY_ERRORS = (OSError, ValueError, SafetensorError)
 _PROGRESS_BAR_FROM_BYTES = 2**30
 IDS_AT_ONCE = 8192
 """Rows of the embeddings that are looked up at a time for their scale."""
@@ -198,13 +194,13 @@ class _ModelFiles:
     @property
     def folder(self) -> str:
         """The local folder of its files, which are downloaded if they are not there yet."""
-        return self.source if self.is_local else _downloaded(self.source)
+        return self.source if self.is_local else downloaded(self.source)
 
 
 def _describe(
     name_or_path: str | os.PathLike, attention: str, packing: bool, quantization: str, trust_remote_code: bool
 ) -> _ModelFiles:
-    source, is_local = _resolve(name_or_path)
+    source, is_local = resolve(name_or_path)
     common = {"trust_remote_code": trust_remote_code, "local_files_only": is_local}
     config = load_config(source, common)
     stored_in_nf4 = is_stored_in_nf4(source, config, quantization)
@@ -244,65 +240,6 @@ def mean_embeddings(llm: nn.Module, ids: Sequence[Sequence[int]]) -> Tensor:
     rows = embed(flat).float().split([len(row) for row in ids])
     # A quantised LLM may be loaded on a GPU, while what these rows initialise is built on the CPU.
     return torch.stack([row.mean(dim=0) for row in rows]).cpu()
-
-
-def _resolve(name_or_path: str | os.PathLike) -> tuple[str, bool]:
-    allowed = "allowed: a local folder with config.json, or a Hugging Face name such as Qwen/Qwen3-8B"
-    name = os.fspath(name_or_path)
-    folder = Path(name).expanduser()
-    if folder.exists():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"backbone {name}: is no model folder (no config.json in it); {allowed}")
-        return str(folder), True
-    looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
-    if not name or looks_like_path:
-        raise UserError(f"backbone {name!r}: no such folder; {allowed}")
-    return name, False
-
-
-def local_folder(name_or_path: str | os.PathLike) -> Path:
-    """Return the folder of an LLM's files, which are downloaded if it is a Hugging Face name.
-
-    Raises:
-        UserError: no such folder or name.
-    """
-    source, is_local = _resolve(name_or_path)
-    # A tokenizer may have files besides, which whoever writes the LLM anew wants to copy.
-    return Path(source if is_local else _downloaded(source, "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*"))
-
-
-def _downloaded(name: str, *more: str) -> str:
-    try:
-        # Some repositories hold the weights a second time, under other names.
-        return snapshot_download(name, allow_patterns=["*.json", "model*.safetensors", *more])
-    except _LIBRARY_ERRORS as error:
-        raise _no_model(name, error) from error
-
-
-def load_config(source: str, common: dict) -> PretrainedConfig:
-    """Return the config of a text decoder; `common` are options of the library's `from_pretrained`.
-
-    Raises:
-        UserError: there is no config, or that of another kind of model.
-    """
-    try:
-        config = AutoConfig.from_pretrained(source, **common)
-    except _LIBRARY_ERRORS as error:
-        raise _no_model(source, error) from error
-    # Code that ships with a checkpoint brings config classes of its own; it runs only where the user allowed it.
-    brings_code = common["trust_remote_code"] and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    known = type(config) in AutoModelForCausalLM._model_mapping and getattr(config, "is_decoder", True) is not False
-    if config.is_encoder_decoder or not (known or brings_code):
-        raise UserError(
-            f"backbone {source}: model type {config.model_type!r} is no decoder; allowed: a causal language model"
-        )
-    text = config.get_text_config()
-    if text is not config:
-        raise UserError(
-            f"backbone {source}: model type {config.model_type!r} holds more than a text decoder; "
-            f"allowed: a text decoder alone, such as {text.model_type}"
-        )
-    return config
 
 
 def choose_attention(config: PretrainedConfig, attention: str, packing: bool) -> tuple[str, str]:
@@ -346,21 +283,6 @@ def _describe_windows(config: PretrainedConfig) -> str:
     return f", window of {window} tokens on {sliding} of {total} layers"
 
 
-def load_tokenizer(source: str, common: dict) -> object:
-    """Return the tokenizer of an LLM; `common` are options of the library's `from_pretrained`.
-
-    Raises:
-        UserError: there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(source, **common)
-    except _LIBRARY_ERRORS as error:
-        raise UserError(
-            f"backbone {source}: no usable tokenizer in it; allowed: a folder with tokenizer.json beside config.json "
-            "and weights, or a Hugging Face name"
-        ) from error
-
-
 def _load_files(files: _ModelFiles, dtype: torch.dtype, quantization: BitsAndBytesConfig | None) -> PreTrainedModel:
     """Load the weights by the library's own means, whole, in this process."""
     source, options = files.source, dict(files.options)
@@ -377,13 +299,13 @@ def _load_files(files: _ModelFiles, dtype: torch.dtype, quantization: BitsAndByt
                 local_files_only=files.is_local,
                 **options,
             )
-    except _LIBRARY_ERRORS as error:
-        raise _no_model(source, error) from error
+    except LIBRARY_ERRORS as error:
+        raise no_model(source, error) from error
     except RuntimeError as error:
         # Stored NF4 weights that lack a part; a GPU without memory, say, is no property of the files.
         if "conversion of the weights" not in str(error):
             raise
-        raise _no_model(source, error) from error
+        raise no_model(source, error) from error
     # The library fills what a file lacks with random numbers and goes on; lm_head alone may lack, it is never called.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("lm_head."))
     mismatched = sorted(str(entry[0]) for entry in info["mismatched_keys"])
@@ -396,14 +318,6 @@ def _load_files(files: _ModelFiles, dtype: torch.dtype, quantization: BitsAndByt
                 "allowed: files that hold every weight of config.json's model"
             )
     return model
-
-
-def _no_model(source: str, error: Exception) -> UserError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return UserError(
-        f"backbone {source}: cannot be loaded ({lines[0].strip()}); "
-        "allowed: a local folder with config.json, weights and tokenizer, or a Hugging Face name"
-    )
 
 
 def _hides_progress(source: str, is_local: bool) -> bool:

@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from aullm_dist.errors import UserError
 from aullm_dist.files import force_to_disk, staged_folder
-from aullm_dist.model.llm import load_config
+from aullm_dist.model.llm_files import load_config
 from aullm_dist.model.piecewise import (
     model_without_storage,
     names_in_files,

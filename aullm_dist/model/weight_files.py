@@ -58,6 +58,16 @@ class StoredTensor:
         return self.numel * self.dtype.itemsize
 
 
+def weight_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
+    """Return the files of a model folder that hold its weights: `name`, or those that its index names.
+
+    Raises:
+        UserError: the index cannot be read.
+    """
+    places = _places(folder, name)
+    return [folder / name] if places is None else [folder / file for file in sorted(set(places.values()))]
+
+
 class WeightFiles:
     """The tensors of a model folder by name; all headers are read and checked at once, no weight is.
 
@@ -79,13 +89,8 @@ class WeightFiles:
         self.bytes_read = 0
         self._handles: dict[Path, int] = {}
         self._opening = threading.Lock()
-        single = self.folder / name
-        index = self.folder / f"{name}.index.json"
-        if index.is_file() and not single.is_file():
-            places = _read_index(index)
-            files = [self.folder / name for name in sorted(set(places.values()))]
-        else:
-            places, files = None, [single]
+        places = _places(self.folder, name)
+        files = weight_files(self.folder, name)
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise UserError(f"backbone {folder}: {missing[0]} is missing ({len(missing)} of {len(files)}); {_ALLOWED}")
@@ -166,6 +171,12 @@ def check_space(out: Path, needed: int) -> None:
             f"{out}: needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk; make room, or give a "
             "folder on another disk"
         )
+
+
+def _places(folder: Path, name: str) -> dict[str, str] | None:
+    """Return the file of each tensor by the folder's index, None where one file holds them all."""
+    index = folder / f"{name}.index.json"
+    return _read_index(index) if index.is_file() and not (folder / name).is_file() else None
 
 
 def _read_index(index: Path) -> dict[str, str]:

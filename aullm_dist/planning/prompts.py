@@ -79,6 +79,6 @@ def _tokenizer(config: Config) -> object | None:
     folder = Path(model.llm).expanduser()
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    from aullm_dist.model.llm import load_tokenizer
+    from aullm_dist.model.llm_files import load_tokenizer
 
     return load_tokenizer(str(folder), {"trust_remote_code": model.trust_remote_code, "local_files_only": True})

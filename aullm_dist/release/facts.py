@@ -130,7 +130,9 @@ def training_rows(origin: Origin) -> dict[str, str]:
             "clips": f"{len(fold.train)} trained on, {len(fold.inner)} inner held-out, {len(fold.test)} tested",
         }
     lora = f"rank {model.lora_rank}, alpha {model.lora_alpha:g}, on {', '.join(model.lora_targets)}"
+    revision = origin.manifest["base"]["revision"]
     return {
+        **({"revision of the base LLM": revision} if revision else {}),
         **rows,
         "quantisation of the base": "NF4, double quantisation" if model.quantization == "nf4" else "none",
         "LoRA": lora,

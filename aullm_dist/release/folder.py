@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from aullm_dist.errors import UserError
 from aullm_dist.files import staged_folder
-from aullm_dist.model.llm import load_config, load_tokenizer
+from aullm_dist.model.llm_files import load_config, load_tokenizer, present_folder
 from aullm_dist.model.prompt import build_prompt
 from aullm_dist.release.card import CardFacts, card_text, citation_text, release_title
 from aullm_dist.release.describe import describe
@@ -152,7 +152,7 @@ def _check(origin: Origin) -> object:
         raise UserError(f"checkpoint {origin.folder} is refused: {problems[0]}")
     model = origin.config.model
     common = {"trust_remote_code": model.trust_remote_code, "local_files_only": Path(model.llm).is_dir()}
-    found = base_identity(model.llm, load_config(model.llm, common).to_dict())
+    found = base_identity(model.llm, load_config(model.llm, common).to_dict(), present_folder(model.llm))
     differences = base_differences(origin.manifest["base"], found)
     if differences:
         raise UserError(f"checkpoint {origin.folder} is of another model: {differences[0]}")

@@ -174,8 +174,9 @@ def _settings(folder: Path, described: Mapping[str, Any], llm: str | None, trust
         config.model.llm = str(folder / LLM_FOLDER)
         return config
     name = described["base"]["name"]
-    # A base with files was a folder, whose name may look like one of the Hub's.
-    if llm is None and described["base"]["files"] and not Path(name).exists():
+    # The name of a folder may look like one of the Hub's.
+    was_folder = described["base"]["revision"] is None and described["base"]["files"]
+    if llm is None and was_folder and not Path(name).exists():
         raise UserError(f"{folder}: its base LLM is not at {name}; say where it is with --llm, or load(..., llm=...)")
     config.model.llm = name if llm is None else llm
     return config

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from aullm_dist.errors import UserError
 from aullm_dist.files import write_text
 from aullm_dist.log import get_logger
-from aullm_dist.model.llm import load_config, load_tokenizer, local_folder
+from aullm_dist.model.llm_files import load_config, load_tokenizer, local_folder
 from aullm_dist.model.quantization import is_stored_in_nf4
 from aullm_dist.model.weight_files import WeightFiles, check_space, files_beside_weights
 from aullm_dist.release.merge_adapter import Adapter
@@ -181,12 +181,13 @@ def _job(checkpoint: Path, base: Base | None, dtype: torch.dtype, llm: Path | No
     name = str(llm or manifest["base"]["name"])
     folder = local_folder(name)
     config = load_config(str(folder), {"trust_remote_code": False, "local_files_only": True})
-    identity = base_identity(str(folder.absolute()), config.to_dict(), hash_files=_has_hashes(manifest["base"]))
+    hashes = _has_hashes(manifest["base"])
+    identity = base_identity(str(folder.absolute()), config.to_dict(), folder, hash_files=hashes)
     differences = base_differences(manifest["base"], identity)
     if differences:
         raise UserError(f"checkpoint {checkpoint}: is of another LLM ({differences[0]}); give its own with --llm")
     if not manifest["base"]["files"]:
-        logger.warning("%s: the run loaded %s by name and kept no hashes of its files; only the configs are compared",
+        logger.warning("%s: the run kept no hashes of the files of %s; only the configs are compared",
                        checkpoint, manifest["base"]["name"])  # fmt: skip
     was_quantised = bool(manifest["quantized_modules"])
     stored = is_stored_in_nf4(str(folder), config, "nf4")

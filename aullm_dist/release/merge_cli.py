@@ -122,7 +122,7 @@ def _describe(out: Path, receipt: "MergeReceipt") -> None:
 
 def _fits(checkpoint: Path, llm: Path | None, max_ram: int) -> bool:
     """Return whether the LLM may be held whole: twice what its files take, as float32 takes twice of bf16."""
-    from aullm_dist.model.llm import local_folder
+    from aullm_dist.model.llm_files import local_folder
     from aullm_dist.training.manifest import read_manifest
 
     base = read_manifest(checkpoint)["base"]

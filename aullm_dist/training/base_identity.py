@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from aullm_dist.model.weight_files import weight_files
 from aullm_dist.training.manifest import file_sha256
 
 _SAMPLES = 64
@@ -27,27 +28,38 @@ _VOLATILE_KEYS = frozenset(
 )
 
 
-def base_identity(name_or_path: str, config: Mapping[str, Any], *, hash_files: bool = False) -> dict[str, Any]:
+def base_identity(
+    name_or_path: str, config: Mapping[str, Any], folder: Path | None, *, hash_files: bool = False
+) -> dict[str, Any]:
     """Describe the LLM that is trained on.
 
     Args:
         name_or_path: Hub name or local folder, as the user gave it.
         config: The LLM's own config as a dict (`llm.config.to_dict()`).
+        folder: where its files are on this machine (`llm.present_folder`); None if they are not.
         hash_files: Read every weight file to the end for its SHA-256 (minutes for a 70B); otherwise a fingerprint over
             64 evenly spaced 4 KiB blocks (ours) tells two sets of weights apart in milliseconds.
 
     Returns:
-        `{"name", "config_sha256", "files": {file name: {"size", "sample_sha256", "sha256"?}}}`; `files` is empty when
-        `name_or_path` is no local folder with safetensors files.
+        `{"name", "revision", "config_sha256", "files": {file name: {"size", "sample_sha256", "sha256"?}}}`. The
+        revision is the commit of a model of the Hub, None for a folder; `files` is empty without safetensors files.
+
+    Raises:
+        UserError: the index of the files cannot be read.
     """
-    folder = Path(name_or_path)
-    weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     files = {}
-    for path in weights:
+    for path in filter(Path.is_file, [] if folder is None else weight_files(folder)):
         files[path.name] = {"size": path.stat().st_size, "sample_sha256": _sample_sha256(path)}
         if hash_files:
             files[path.name]["sha256"] = file_sha256(path)
-    return {"name": str(name_or_path), "config_sha256": config_sha256(config), "files": files}
+    # The Hub's cache names folders by the commit that they hold.
+    revision = None if folder is None or Path(name_or_path).expanduser().exists() else folder.name
+    return {
+        "name": str(name_or_path),
+        "revision": revision,
+        "config_sha256": config_sha256(config),
+        "files": files,
+    }
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:

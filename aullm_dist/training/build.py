@@ -15,6 +15,7 @@ from aullm_dist.model.assembly import assemble, autocast_of
 from aullm_dist.model.aullm import Ablation, LedCnnBaseline, check_kernels
 from aullm_dist.model.counterfactual import branching
 from aullm_dist.model.llm import Backbone, load_backbone
+from aullm_dist.model.llm_files import present_folder
 from aullm_dist.model.piecewise import Placement
 from aullm_dist.model.prompt import build_prompt
 from aullm_dist.model.relations import AURelations, build_relations, sample_structure_edit
@@ -100,7 +101,7 @@ def build_model(
     return BuiltModel(
         network,
         model_config,
-        base_identity(str(llm_path), backbone.config.to_dict()),
+        base_identity(str(llm_path), backbone.config.to_dict(), present_folder(llm_path)),
         relations,
         ("content", "instruction") if relations else ("content",),
         network.reasoner.num_tokens,

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from aullm_dist.config import Config
 from aullm_dist.errors import UserError
 from aullm_dist.log import get_logger
-from aullm_dist.model.llm import load_config, load_tokenizer
+from aullm_dist.model.llm_files import load_config, load_tokenizer
 from aullm_dist.model.packing import MASK_RECIPES
 from aullm_dist.model.prompt import build_prompt
 from aullm_dist.training.context import on_main

@@ -9,6 +9,7 @@ from training_runs import launch
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1500)]
 
 UNSEEN_SEEDS = (101, 102, 103)
+ONE_THREAD = "training.cpu_threads=1"  # other tests run beside these
 
 
 def _metrics(run: Path) -> dict:
@@ -24,7 +25,7 @@ def _points_above_floor(run: Path) -> float:
 def demo(tmp_path_factory):
     """What `make demo` runs, in a folder of its own."""
     run = tmp_path_factory.mktemp("demo") / "run"
-    result = launch("training.cpu_threads=1", f"training.output={run}")
+    result = launch(ONE_THREAD, f"training.output={run}")
     assert result.returncode == 0, result.stderr
     return run, result
 
@@ -63,7 +64,7 @@ def test_answers_come_from_the_content_token(demo):
 @pytest.mark.parametrize("seed", UNSEEN_SEEDS)
 def test_unseen_generator_seeds_are_learnt_as_well(tmp_path, seed):
     run = tmp_path / "run"
-    result = launch("training.cpu_threads=1", f"training.output={run}", f"data.synthetic_seed={seed}", "training.baseline=false")
+    result = launch(ONE_THREAD, f"training.output={run}", f"data.synthetic_seed={seed}", "training.baseline=false")
     assert result.returncode == 0, result.stderr
     assert _points_above_floor(run) >= 20
 
@@ -71,7 +72,7 @@ def test_unseen_generator_seeds_are_learnt_as_well(tmp_path, seed):
 def test_shuffled_labels_fall_to_the_floor(tmp_path):
     """With clips and labels torn apart nothing is left to learn; anything above the floors would be a leak."""
     run = tmp_path / "run"
-    result = launch("training.cpu_threads=1", f"training.output={run}", "data.shuffle_labels=true", "training.baseline=false")
+    result = launch(ONE_THREAD, f"training.output={run}", "data.shuffle_labels=true", "training.baseline=false")
     assert result.returncode == 0, result.stderr
     assert _points_above_floor(run) <= 5
     assert _metrics(run)["mean"]["auc"] < 0.6

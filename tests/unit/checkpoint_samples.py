@@ -31,7 +31,7 @@ LLM_CONFIG = LlamaConfig(
     num_key_value_heads=2,
     max_position_embeddings=32,
 )
-BASE = base_identity("org/tiny", LLM_CONFIG.to_dict())
+BASE = base_identity("org/tiny", LLM_CONFIG.to_dict(), None)
 
 
 def plain_llm() -> LlamaForCausalLM:

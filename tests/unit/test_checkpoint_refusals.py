@@ -117,12 +117,12 @@ def test_checkpoint_of_another_base_is_refused(two_checkpoints):
     _expect_refusal(
         folder,
         "org/tiny in the checkpoint, org/tiny expected, and their configs differ",
-        base=base_identity("org/tiny", other_config),
+        base=base_identity("org/tiny", other_config, None),
     )
     _expect_refusal(
         folder,
         "base org/tiny in the checkpoint, org/tiny-chat expected",
-        base=base_identity("org/tiny-chat", LLM_CONFIG.to_dict()),
+        base=base_identity("org/tiny-chat", LLM_CONFIG.to_dict(), None),
     )
 
 
@@ -133,7 +133,9 @@ def test_base_weights_are_told_apart_wherever_they_lie(tmp_path):
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     model.model.norm.weight.data[0] += 1
     model.save_pretrained(tmp_path / "tuned")
-    here, there, tuned = (base_identity(str(tmp_path / name), config) for name in ("here", "there", "tuned"))
+    here, there, tuned = (
+        base_identity(str(tmp_path / name), config, tmp_path / name) for name in ("here", "there", "tuned")
+    )
     trained, optimizer = build()
     folder = save(tmp_path / "run", 0, trained, optimizer, base=here)
     load_checkpoint(folder, trained, optimizer, base=there)

@@ -250,7 +250,7 @@ def damaged(base, tmp_path, plain, change) -> tuple:
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(plain, checkpoint)
     manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
-    identity = base_identity(str(folder), {})
+    identity = base_identity(str(folder), {}, folder)
     facts = {key: manifest[key] for key in ("parameters", "quantized_modules", "config")}
     facts["base"] = {**manifest["base"], "name": str(folder), "files": identity["files"]}
     (checkpoint / "MANIFEST.json").unlink()
