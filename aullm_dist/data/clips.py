@@ -14,6 +14,9 @@ from aullm_dist.data.protocols import SampleInfo
 from aullm_dist.data.tables import ClipTable, open_part, parquet_files
 from aullm_dist.errors import UserError
 
+_BLOCKS = 16
+"""Blocks along each side of a frame, in which changes are looked for (`most_changed`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Clip:
@@ -185,6 +188,22 @@ def sample_frames(clip: Clip, num_frames: int, cut: tuple[float, float] = (0.0, 
     weight = weight.astype(np.float32)[:, None, None]
     frames = clip.frames[left] * (1.0 - weight) + clip.frames[right] * weight
     return (frames / np.float32(255.0)).astype(np.float32)
+
+
+def most_changed(clip: Clip) -> int:
+    """Return the index of the frame in which the clip's main change from its onset frame is largest (ours).
+
+    The change is averaged over blocks of pixels, without what brightens or darkens the whole frame, and its first
+    principal component is followed over time: noise would choose the frame otherwise. It is a frame worth looking at
+    and no estimate of the apex.
+    """
+    side = clip.frames.shape[1] // _BLOCKS
+    kept = clip.frames[:, : side * _BLOCKS, : side * _BLOCKS].astype(np.float64)
+    blocks = kept.reshape(len(kept), _BLOCKS, side, _BLOCKS, side).mean(axis=(2, 4))
+    change = blocks - blocks[0]
+    change -= change.mean(axis=(1, 2), keepdims=True)
+    course = np.linalg.svd(change.reshape(len(kept), -1), full_matrices=False)[0][:, 0]
+    return int(np.abs(course).argmax())
 
 
 def augment(clip: np.ndarray, rng: np.random.Generator, max_shift: int = 3) -> np.ndarray:

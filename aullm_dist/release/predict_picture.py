@@ -2,12 +2,13 @@
 
 import numpy as np
 
+from aullm_dist.data.clips import most_changed
 from aullm_dist.facs import AU_NAMES
 from aullm_dist.figures.prediction import PredictionPicture, render_prediction
 from aullm_dist.model.relations import build_relations
 from aullm_dist.release.answering import Answerer
 from aullm_dist.release.predict_report import Predictions
-from aullm_dist.release.predicting import explain_clip, most_changed
+from aullm_dist.release.predicting import explain_clip
 
 _SIDE = 288
 """Pixels of the frames in the picture, where the input still has them."""

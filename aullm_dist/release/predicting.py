@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from aullm_dist.model.aullm import Explanation
     from aullm_dist.release.loading import Release
 
-_BLOCKS = 16
-"""Blocks along each side of a frame."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
@@ -114,19 +111,3 @@ def threshold_array(values: Mapping[int, float], aus: Sequence[int]) -> np.ndarr
 def decide(logits: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """Return whether each logit `[..., A]` is above its AU's threshold `[A]`, a probability."""
     return logits > logit_of(thresholds)
-
-
-def most_changed(clip: Clip) -> int:
-    """Return the index of the frame in which the clip's main change from its onset frame is largest (ours).
-
-    The change is averaged over blocks of pixels, without what brightens or darkens the whole frame, and its first
-    principal component is followed over time: noise would choose the frame otherwise. It is a frame worth looking at
-    and no estimate of the apex.
-    """
-    side = clip.frames.shape[1] // _BLOCKS
-    kept = clip.frames[:, : side * _BLOCKS, : side * _BLOCKS].astype(np.float64)
-    blocks = kept.reshape(len(kept), _BLOCKS, side, _BLOCKS, side).mean(axis=(2, 4))
-    change = blocks - blocks[0]
-    change -= change.mean(axis=(1, 2), keepdims=True)
-    course = np.linalg.svd(change.reshape(len(kept), -1), full_matrices=False)[0][:, 0]
-    return int(np.abs(course).argmax())

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from aullm_dist.config import Config
-from aullm_dist.data.clips import ClipView, sample_frames
+from aullm_dist.data.clips import ClipView, most_changed, sample_frames
 from aullm_dist.model.counterfactual import remove_movement
 from aullm_dist.model.relations import AURelations, sample_structure_edit
 from aullm_dist.training.heldout import serving
@@ -95,15 +95,12 @@ class Explainer:
     def late_frame(self, place: int) -> tuple[np.ndarray, str]:
         """Return the annotated apex frame `[H, W]` of the chosen clip at `place`, in 0..1, and what it is.
 
-        Where there is no annotation it is the sampled frame that differs most from the onset, which is no estimate of
-        the apex.
+        Where there is no annotation it is the frame of the largest change (`most_changed`).
         """
         clip = self._view.clip(self._chosen[place])
         found = np.flatnonzero(clip.frame_numbers == clip.apex) if clip.apex is not None else []
-        if len(found):
-            return clip.frames[found[0]].astype(np.float32) / 255.0, "apex"
-        frames = self.frames(place)
-        return frames[int(np.abs(frames - frames[0]).mean(axis=(1, 2)).argmax())], "largest change"
+        index, what = (int(found[0]), "apex") if len(found) else (most_changed(clip), "largest change")
+        return clip.frames[index].astype(np.float32) / 255.0, what
 
     def explain(self, model: nn.Module, tick: Callable[[], None] = lambda: None) -> Explained | None:
         """Explain the clips; every process calls it, the main one gets the result.

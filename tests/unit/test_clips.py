@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from aullm_dist.data.clips import Clip, augment, sample_frames
+from aullm_dist.data.clips import Clip, augment, most_changed, sample_frames
 
 
 def _clip(numbers: list[int]) -> Clip:
@@ -44,3 +44,14 @@ def test_augmentation_is_the_same_for_all_frames():
     assert moved.dtype == np.float32
     assert np.abs(moved - moved[:1]).max() == 0
     assert np.abs(moved - still).max() > 0
+
+
+def test_the_frame_of_the_largest_movement_is_found_through_noise_and_flicker():
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:64, :64]
+    course = np.concatenate([np.linspace(0, 1, 12), np.linspace(1, 0.2, 8)])
+    spot = np.exp(-((x - 20) ** 2 + (y - 40) ** 2) / 50.0)
+    frames = 110 + 12 * course[:, None, None] * spot + rng.normal(0, 4, (20, 64, 64))
+    frames += rng.normal(0, 3, 20)[:, None, None]
+    clip = Clip("clip", frames.clip(0, 255).astype(np.uint8), np.arange(20))
+    assert most_changed(clip) in (10, 11, 12)
