@@ -9,14 +9,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from aullm_dist.figures.evidence import draw_evidence
 from aullm_dist.figures.graph import Edge, draw_graph
-from aullm_dist.figures.style import BLACK, BLUE, DIVERGING, FONT_POINTS, bare
+from aullm_dist.figures.style import BLACK, BLUE, DIVERGING, FONT_POINTS, bare, colour_bar
 
 _IDLE = "#B9CFE4"
 """Bars of AUs that are not active: lighter than the active ones in gray, too."""
@@ -72,7 +70,7 @@ def draw_prediction(picture: PredictionPicture) -> Figure:
     if has_graph:
         bars, graph = bottom.subplots(1, 2, width_ratios=(1.15, 1.0))
         image = draw_graph(graph, picture.aus, picture.edges, picture.strengths, title="What the AUs tell each other")
-        _colour_bar(bottom, image, graph, "interaction strength", below=False)
+        colour_bar(bottom, image, graph, "interaction strength")
     else:
         bars = bottom.subplots()
     _draw_bars(bars, picture)
@@ -104,11 +102,11 @@ def _draw_faces(figure: SubFigure, picture: PredictionPicture) -> None:
     image = axes[2].imshow(change, cmap=DIVERGING, vmin=-limit, vmax=limit)
     axes[2].set_title("Change between the two", fontsize=FONT_POINTS + 1)
     bare(axes[2])
-    _colour_bar(figure, image, axes[2], "darker (-) or brighter (+), gray levels")
+    colour_bar(figure, image, axes[2], "darker (-) or brighter (+), gray levels", below=True)
     if picture.evidence is not None:
         image = draw_evidence(axes[3], picture.frames[1], picture.evidence, picture.grid, clip_size=picture.clip_size)
         axes[3].set_title("Where the evidence was taken", fontsize=FONT_POINTS + 1)
-        _colour_bar(figure, image, axes[3], "share of attention")
+        colour_bar(figure, image, axes[3], "share of attention", below=True)
 
 
 def _draw_bars(ax: Axes, picture: PredictionPicture) -> None:
@@ -147,12 +145,3 @@ def _draw_bars(ax: Axes, picture: PredictionPicture) -> None:
         handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=FONT_POINTS - 1,
         frameon=False,
     )  # fmt: skip
-
-
-def _colour_bar(figure: SubFigure, image: AxesImage, ax: Axes, label: str, *, below: bool = True) -> None:
-    bar = figure.colorbar(image, ax=ax, location="bottom" if below else "right", shrink=0.8, pad=0.03, aspect=24)
-    bar.set_label(label, fontsize=FONT_POINTS)
-    bar.ax.tick_params(labelsize=FONT_POINTS - 1)
-    bar.locator = MaxNLocator(4)
-    bar.update_ticks()
-    bar.outline.set_visible(False)

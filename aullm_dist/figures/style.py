@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 
 # Source: Okabe and Ito, "Color Universal Design" (2008).
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
@@ -38,6 +40,18 @@ def to_pixels(figure: Figure) -> np.ndarray:
     canvas = figure.canvas if isinstance(figure.canvas, FigureCanvasAgg) else FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def colour_bar(
+    figure: Figure | SubFigure, image: AxesImage, ax: Axes | Sequence[Axes], label: str, *, below: bool = False
+) -> None:
+    """Say what the colours of an image mean, beside the axes that it belongs to or below them."""
+    bar = figure.colorbar(image, ax=ax, location="bottom" if below else "right", shrink=0.8, pad=0.03, aspect=24)
+    bar.set_label(label, fontsize=FONT_POINTS)
+    bar.ax.tick_params(labelsize=FONT_POINTS - 1)
+    bar.locator = MaxNLocator(4)
+    bar.update_ticks()
+    bar.outline.set_visible(False)
 
 
 def bare(ax: Axes) -> None:

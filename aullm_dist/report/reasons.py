@@ -9,7 +9,7 @@ from aullm_dist.evaluation.blocks import Block
 from aullm_dist.figures.evidence import draw_evidence
 from aullm_dist.figures.graph import draw_graph
 from aullm_dist.figures.relations import draw_relations
-from aullm_dist.figures.style import FONT_POINTS, bare, new_figure
+from aullm_dist.figures.style import FONT_POINTS, bare, colour_bar, new_figure
 from aullm_dist.model.relations import AURelations
 from aullm_dist.report.sections import Gallery, Picture, Section
 from aullm_dist.training.explain import Explained, frames_of
@@ -104,9 +104,7 @@ def _graph_pictures(gallery: Gallery, clips: Explained, key: str) -> list[Pictur
     edges, values = clips.relations.describe(), clips.steps[key].mean(axis=0)
     figure, axes = new_figure(4.6, 4.6)
     image = draw_graph(axes[0, 0], clips.aus, edges, values, title=f"mean {key}")
-    bar = figure.colorbar(image, ax=axes[0, 0], shrink=0.7)
-    bar.set_label(f"{key} (no unit)", fontsize=FONT_POINTS)
-    bar.ax.tick_params(labelsize=FONT_POINTS - 1)
+    colour_bar(figure, image, axes[0, 0], f"{key} (no unit)")
     strongest = max(range(len(edges)), key=lambda edge: abs(values[edge]) if edges[edge][3] else -1.0)
     target, source, kind, _ = edges[strongest]
     caption = f"Mean {key} of each edge of the prior over {len(clips.sample_ids)} clips."

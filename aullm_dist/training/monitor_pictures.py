@@ -8,7 +8,7 @@ from torch import nn
 
 from aullm_dist.config import Config
 from aullm_dist.data.clips import ClipView
-from aullm_dist.figures.style import new_figure, to_pixels
+from aullm_dist.figures.style import colour_bar, new_figure, to_pixels
 from aullm_dist.training.build import BuiltModel
 from aullm_dist.training.heldout import Answers, sigmoid
 from aullm_dist.training.monitor import Monitor
@@ -123,7 +123,7 @@ class Pictures:
         image = draw_graph(
             axes[0, 1], self._aus, edges, neutral, title="strengths, without movement", limit=limit, legend=False
         )
-        figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8)
+        colour_bar(figure, image, axes[0].tolist(), "strength (no unit)")
         limit = float(max(np.abs(drawn["influence"]).max(), np.abs(influence).max())) or 1.0
         draw_graph(axes[1, 0], self._aus, edges, drawn["influence"], title="influence, factual", limit=limit)
         image = draw_graph(
@@ -135,7 +135,7 @@ class Pictures:
             limit=limit,
             mask=explained.mask,
         )
-        figure.colorbar(image, ax=axes[1].tolist(), shrink=0.8)
+        colour_bar(figure, image, axes[1].tolist(), "influence (no unit)")
         return to_pixels(figure)
 
     def _projector(self, explained: Explained, monitor: Monitor) -> None:
