@@ -53,6 +53,8 @@ class MergeReceipt(Protocol):
 
     note: str
     """What was added to what, in a sentence for the card."""
+    probe: dict[str, Any] | None
+    """Errors that were measured (`merge_probe.probe_errors`), None if they were not asked for."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the receipt as JSON values."""
@@ -172,6 +174,19 @@ def _write_ours(folder: Path, origin: Origin, tokenizer: Any, format: Format) ->
     (folder / CONFIG_FILE).write_bytes(json_bytes(describe(origin, prompt, format)))
 
 
+def _merge_note(receipt: MergeReceipt) -> str:
+    """Return what was merged into what and, where it was measured, what that costs."""
+    if receipt.probe is None:
+        return receipt.note
+    ways = {"live": "the trained model in its own arithmetic"}
+    told = [
+        f"{ways.get(name, f'LoRA merged onto {name}')} {error:.1e}"
+        for name, error in receipt.probe["relative_logit_error"].items()
+    ]
+    many = receipt.probe["prompts"]
+    return f"{receipt.note}. Relative errors of its logits on {many} prompt{'s' * (many > 1)}: {', '.join(told)}"
+
+
 def _public(receipt: MergeReceipt) -> dict[str, Any]:
     """Return a receipt without where things lay on this machine, which is nobody else's business."""
     return {key: value for key, value in receipt.as_dict().items() if key not in ("checkpoint", "llm")}
@@ -208,7 +223,7 @@ def _write_texts(
     difference: float | None,
     authors: Sequence[str],
 ) -> None:
-    note = receipt.note if receipt is not None else None
+    note = None if receipt is None else _merge_note(receipt)
     text = card_text(origin, facts, folder=name, merge_note=note, difference=difference)
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
     today = datetime.datetime.now(datetime.UTC).date()

@@ -17,7 +17,17 @@ def test_release_folders_of_both_formats(tiny_dataset, tmp_path):
     checkpoint = write_run(tmp_path / "run", tiny_dataset, llm, quantization="nf4")
     for form in ("adapter", "merged"):
         out = tmp_path / form
-        options = ["--format", form, "--dtype", "fp32", "--author", "Ada Author", "--author", "Ben Builder"]
+        options = [
+            "--format",
+            form,
+            "--dtype",
+            "fp32",
+            *(["--probe"] if form == "merged" else []),
+            "--author",
+            "Ada Author",
+            "--author",
+            "Ben Builder",
+        ]
         assert main(["merge", str(checkpoint.parent.parent), "--out", str(out), *options]) == 0
         assert main(["release", "verify", str(out)]) == 0
         assert not (tmp_path / f"{form}.partial").exists()
@@ -29,6 +39,10 @@ def test_release_folders_of_both_formats(tiny_dataset, tmp_path):
     assert len(adapter) > 8
     assert max(abs(adapter[key] - merged[key]) for key in adapter) < 1e-3
     manifest = read_release_manifest(tmp_path / "merged")
+    errors = manifest["merge"]["probe"]["relative_logit_error"]
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert f"logits on 1 prompt: the trained model in its own arithmetic {errors['live']:.1e}, " in card
+    assert f"LoRA merged onto nf4-exact {errors['nf4-exact']:.1e}, LoRA merged onto bf16 {errors['bf16']:.1e}." in card
     assert manifest["merge"]["base"] == "nf4-exact"
     assert manifest["probe"]["difference_to_trained"] < 1e-3
 

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.launch
 
 class Receipt:
     note = "LoRA was added to the original weights of the base"
+    probe = None
 
     def as_dict(self):
         return {"note": self.note, "checkpoint": "/home/somebody/runs", "llm": "/home/somebody/llm"}
