@@ -8,7 +8,6 @@ from torch import nn
 
 from aullm_dist.config import Config
 from aullm_dist.data.clips import ClipView
-from aullm_dist.figures.style import colour_bar, new_figure, to_pixels
 from aullm_dist.training.build import BuiltModel
 from aullm_dist.training.heldout import Answers, sigmoid
 from aullm_dist.training.monitor import Monitor
@@ -68,7 +67,9 @@ class Pictures:
         self._projector(explained, monitor)
 
     def _curves(self, answers: Answers, monitor: Monitor, step: int) -> None:
+        # Only the process that draws takes the time that matplotlib takes to import.
         from aullm_dist.figures.confusion import draw_confusion
+        from aullm_dist.figures.style import new_figure, to_pixels
 
         probabilities = sigmoid(answers.logits)
         for column, au in enumerate(self._aus):
@@ -86,6 +87,7 @@ class Pictures:
 
     def _evidence(self, explained: Explained) -> np.ndarray:
         from aullm_dist.figures.evidence import draw_evidence
+        from aullm_dist.figures.style import new_figure, to_pixels
 
         grid = self._built.model.visual.cell_grid
         figure, axes = new_figure(3.6, 1.95 * self._drawn, self._drawn, 2)
@@ -108,6 +110,7 @@ class Pictures:
 
     def _graph(self, explained: Explained) -> np.ndarray:
         from aullm_dist.figures.graph import draw_graph
+        from aullm_dist.figures.style import colour_bar, new_figure, to_pixels
 
         edges = self._built.relations.describe()
         drawn = {name: values[: self._drawn].mean(axis=0) for name, values in explained.factual.items()}

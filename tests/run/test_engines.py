@@ -83,7 +83,7 @@ def test_nf4_in_float32_is_the_same_in_every_engine(train, engine):
     agree(train("ddp", "nf4_fp32"), train(engine, "nf4_fp32"), FLOAT32)
 
 
-@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3_all"])
+@pytest.mark.parametrize("engine", ["zero2", "zero3_all"])  # zero1 divides less of what zero2 divides
 @pytest.mark.parametrize("precision", ["bf16", "nf4"])
 def test_bfloat16_agrees_to_its_rounding(train, engine, precision):
     agree(train("ddp", precision), train(engine, precision), BFLOAT16)
@@ -96,9 +96,10 @@ def test_packed_and_padded_agree(train, engine):
 
 @pytest.mark.parametrize(
     ("engine", "precision", "kind"),
-    [("ddp", "fp32", "reentrant"), ("zero3_all", "nf4_fp32", "reentrant"), ("zero3_all", "nf4_fp32", "non_reentrant")],
+    [("ddp", "fp32", "reentrant"), ("zero3_all", "nf4_fp32", "reentrant")],
 )
 def test_recomputed_activations_change_nothing(train, engine, precision, kind):
+    """The other kind on a divided NF4 base is in the test of four processes."""
     agree(train(engine, precision), train(engine, precision, model__activation_checkpointing=kind), FLOAT32)
 
 
