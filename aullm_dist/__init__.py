@@ -1,4 +1,4 @@
-"""aullm-dist: distributed training of AULLM++ for action unit detection in micro-expression clips."""
+"""Trains AULLM++ on several GPUs: action unit detection in micro-expression clips with LLMs (aullm-dist)."""
 
 import importlib
 

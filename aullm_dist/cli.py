@@ -1,29 +1,54 @@
-"""The `aullm-dist` command: parses, then imports the command that was asked for."""
+"""Parses the `aullm-dist` command line, then imports the command that was asked for."""
 
 import argparse
+import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from aullm_dist import __version__, log
-from aullm_dist.endings import crash, leave, report
-from aullm_dist.errors import UserError
+from aullm_dist.errors import UserError, system_error
+from aullm_dist.files import user_path
+from aullm_dist.runtime.exits import crash, leave, refuse_unreadable_names, report, show_any_name
 
-Command = Callable[[argparse.Namespace], int]
+COMMANDS = {
+    "prepare": "turn a raw corpus release into a checked dataset",
+    "folds": "divide prepared datasets into folds, as a JSON to train on",
+    "synthesize": "write a synthetic corpus in a real layout",
+    "backbone": "check an LLM before a run, or extract a text decoder",
+    "quantize": "write an LLM in 4 bits, once for all runs",
+    "train": "train a model: `accelerate launch` with the right options",
+    "sweep": "train several runs side by side on one LLM: arms and seeds",
+    "plan": "estimate the memory, traffic and time of a run before it starts",
+    "config": "print every setting, or check a run file",
+    "evaluate": "print and write the tables of a run",
+    "compare": "print the difference of two runs, clip by clip paired",
+    "report": "write a page of tables and figures, or an ablation's table",
+    "predict": "predict the AUs of clips with a trained model",
+    "app": "serve a page on this machine to try a model on a clip",
+    "merge": "write a trained LLM with its LoRA merged, or a release folder",
+    "dataset": "inspect prepared datasets",
+    "checkpoint": "inspect checkpoints",
+    "release": "inspect release folders",
+    "doctor": "check this machine, or under srun the nodes of a job",
+    "completion": "print a script with which a shell completes commands and settings",
+    "requeue": "decide whether a SLURM job that ended is started again",
+}
+"""Each command is a module of `aullm_dist.commands` with `add_arguments` and `run`."""
+_ANY_NAME = ("prepare", "predict", "dataset")
+"""Commands that read files whose names are no UTF-8: clips come as their makers named them."""
+_MODULES = {"train": "launch"}
+"""Commands whose module has another name: `commands.train` is the main job itself."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `aullm-dist` and return its exit code: 0, or 2 with one line on stderr for a mistake in the input."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
-    if rest and (not hasattr(args, "overrides") or any(argument.startswith("-") for argument in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        # argparse takes positional arguments behind an option for a mistake.
-        args.overrides = [*args.overrides, *rest]
     log.set_up()
+    show_any_name()
     try:
-        return args.run_command(args)
+        return _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         report(error, "aullm-dist")
         return UserError.EXIT_CODE
@@ -34,59 +59,61 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has read enough, as `| head` does; Python must not complain at exit about the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        report(system_error(error), "aullm-dist")
+        return UserError.EXIT_CODE
+    except MemoryError as error:
+        report(UserError(f"not enough memory ({str(error) or 'no more was said'}); ask for less"), "aullm-dist")
+        return UserError.EXIT_CODE
+
+
+def _run(argv: Sequence[str]) -> int:
+    if not argv or argv[0] not in _ANY_NAME:
+        refuse_unreadable_names(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(argument.startswith("-") for argument in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        # argparse takes positional arguments behind an option for a mistake.
+        args.overrides = [*args.overrides, *rest]
+    return args.run_command(args)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Read the paths of all commands in one way: `~` is the home folder, which shells leave as it is in `--out=~/x`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", Path, _path)
+
+
+def _path(text: str) -> Path:
+    if not text:
+        # `Path` would take it for the current folder.
+        raise argparse.ArgumentTypeError("is empty; give a path")
+    try:
+        return user_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser with every command."""
-    # These modules import nothing heavy themselves, so that `--help` answers at once.
-    from aullm_dist.config_cli import add_config_arguments, run_config
-    from aullm_dist.data.folds_cli import add_folds_arguments, run_folds
-    from aullm_dist.data.prepare_cli import add_prepare_arguments, run_prepare
-    from aullm_dist.data.synthesize_cli import add_synthesize_arguments, run_synthesize
-    from aullm_dist.doctor.doctor_cli import add_doctor_arguments, run_doctor
-    from aullm_dist.evaluation.evaluate_cli import (
-        add_compare_arguments,
-        add_evaluate_arguments,
-        run_compare,
-        run_evaluate,
-    )
-    from aullm_dist.model.quantize_cli import add_quantize_arguments, run_quantize
-    from aullm_dist.planning.plan_cli import add_plan_arguments, run_plan
-    from aullm_dist.release.merge_cli import add_merge_arguments, run_merge
-    from aullm_dist.release.predict_cli import add_predict_arguments, run_predict
-    from aullm_dist.release.verify_cli import add_release_arguments, run_release_verify
-    from aullm_dist.report.report_cli import add_report_arguments, run_report
-    from aullm_dist.training.checkpoint_cli import add_checkpoint_arguments, run_checkpoint_verify
-    from aullm_dist.training.requeue_cli import add_requeue_arguments, run_requeue
-
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="aullm-dist",
         description="Distributed training of AULLM++: action unit detection in micro-expression clips with LLMs.",
-        epilog="Training: accelerate launch --quiet aullm_dist/train.py [--config FILE] [section.key=value ...]",
+        epilog="With launcher options of your own: accelerate launch --quiet aullm_dist/train.py [--config FILE] ...",
     )
     parser.add_argument("--version", action="version", version=f"aullm-dist {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, help_text: str, add_arguments: Callable[[argparse.ArgumentParser], None], run: Command) -> None:
-        command = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
-        add_arguments(command)
-        command.set_defaults(run_command=run)
-
-    add("prepare", "turn a raw corpus release into a checked dataset", add_prepare_arguments, run_prepare)
-    add("folds", "divide prepared datasets into folds, as a JSON to train on", add_folds_arguments, run_folds)
-    add("synthesize", "write a synthetic corpus in a real layout", add_synthesize_arguments, run_synthesize)
-    add("quantize", "write an LLM in 4 bits, once for all runs", add_quantize_arguments, run_quantize)
-    add("plan", "tell what a run takes, before it is started", add_plan_arguments, run_plan)
-    add("config", "print every setting, or check a run file", add_config_arguments, run_config)
-    add("evaluate", "print and write the tables of a run", add_evaluate_arguments, run_evaluate)
-    add("compare", "print the difference of two runs, clip by clip paired", add_compare_arguments, run_compare)
-    add("report", "write a page of tables and figures, or an ablation's table", add_report_arguments, run_report)
-    add("predict", "tell the AUs of clips with a trained model", add_predict_arguments, run_predict)
-    add("merge", "write a trained LLM with its LoRA merged, or a release folder", add_merge_arguments, run_merge)
-    add("checkpoint", "inspect checkpoints", add_checkpoint_arguments, run_checkpoint_verify)
-    add("release", "inspect release folders", add_release_arguments, run_release_verify)
-    add("doctor", "check this machine, or under srun the nodes of a job", add_doctor_arguments, run_doctor)
-    add("requeue", "decide whether a SLURM job that ended is to go round again", add_requeue_arguments, run_requeue)
+    for name, summary in COMMANDS.items():
+        # These modules import nothing heavy themselves, so that `--help` answers at once.
+        module = importlib.import_module(f"aullm_dist.commands.{_MODULES.get(name, name)}")
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        module.add_arguments(command)
+        command.set_defaults(run_command=module.run, whole_parser=parser)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Facts of the Facial Action Coding System (FACS) that data, model and evaluation share.
+"""Lists facts of the Facial Action Coding System (FACS) that data, model and evaluation share.
 
 Names and muscles follow FACS; the prototypes are those commonly cited as EMFACS, restricted to the AUs that
 micro-expression corpora code; each relation row carries its source. Nothing here is estimated from any corpus:
@@ -111,18 +111,8 @@ RELATION_ROWS: tuple[RelationRow, ...] = (
     *(RelationRow(first, second, "antagonist", f"{_MACRO}; soft") for first, second in _ANTAGONIST),
 )
 
-# AU sets per corpus as published by the field's harness (MEB, utils.dataset_aus); `cross` is its CD6ME set. It has none
-# for CAS(ME)^3: there the AUs of `cross` with at least 10 positives in part A are taken **(ours)**.
-AU_SETS: dict[str, tuple[int, ...]] = {
-    "casme": (1, 4, 9, 14),
-    "casme2": (1, 2, 4, 7, 12, 14, 15, 17),
-    "samm": (2, 4, 7, 12),
-    "4dme": (1, 2, 4, 6, 7, 12, 17, 45),
-    "mmew": (1, 2, 4, 5, 7, 10, 12, 14),
-    "casme3a": (1, 2, 4, 5, 7, 9, 10, 12, 14, 17),
-    "casme3c": (1, 2, 4, 5, 7, 9, 10, 12, 14, 17),
-    "cross": (1, 2, 4, 5, 6, 7, 9, 10, 12, 14, 15, 17),
-}
+CROSS_AUS: tuple[int, ...] = (1, 2, 4, 5, 6, 7, 9, 10, 12, 14, 15, 17)
+"""AUs of the field's cross-dataset protocol, CD6ME (MEB, utils.dataset_aus); a corpus's own set is in its module."""
 
 
 def au_name(number: int) -> str:

@@ -10,12 +10,9 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from importlib.abc import Loader
 
 
 def when_imported(name: str, action: Callable[[ModuleType], object]) -> None:
@@ -54,10 +51,10 @@ class _Watch:
         self.action(module)
 
 
-class _ActingLoader:
+class _ActingLoader(Loader):
     """A loader that acts after another has done the work, and leaves the module as the other would."""
 
-    def __init__(self, loader: "Loader", watch: _Watch) -> None:
+    def __init__(self, loader: Loader, watch: _Watch) -> None:
         self.loader, self.watch = loader, watch
 
     def __getattr__(self, name: str) -> object:
@@ -68,6 +65,7 @@ class _ActingLoader:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None, "it is imported by its spec"
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         self.watch.act(module)

@@ -1,4 +1,4 @@
-"""The main job: `accelerate launch --quiet aullm_dist/train.py [--config FILE] [section.key=value ...]`."""
+"""Runs the main job: `accelerate launch --quiet aullm_dist/train.py [--config FILE] [section.key=value ...]`."""
 
 import os
 import sys
@@ -9,8 +9,11 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or os.getcwd()) != _HERE]
 
 if __name__ == "__main__":
-    from aullm_dist.endings import crash, leave
-    from aullm_dist.train_cli import main
+    from aullm_dist.runtime.gpu import let_memory_grow
+
+    let_memory_grow(os.environ)
+    from aullm_dist.commands.train import main
+    from aullm_dist.runtime.exits import crash, leave
 
     sys.excepthook = crash
     leave(main(sys.argv[1:]))

@@ -30,10 +30,10 @@ import psutil
 import torch
 from common import ROOT, commit, cores, cpu_name, gpu_names, launch_line, markdown_table, median, versions, write_json
 
-from aullm_dist.data.prepare import prepare
+from aullm_dist.data.preparation.prepare import PrepareOptions, prepare
 from aullm_dist.data.synthetic import SyntheticSpec, write_corpus
 from aullm_dist.files import write_text
-from aullm_dist.model.tiny import ARCHITECTURES, build_tiny_backbone
+from aullm_dist.llm.tiny import ARCHITECTURES, build_tiny_backbone
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
 PRECISIONS = {
@@ -145,7 +145,7 @@ def set_up(folder: Path, options: argparse.Namespace) -> Bench:
         corpus="casme2", subjects=6, clips_per_subject=4, balance=1.0, num_frames=(8, 12), frame_size=(64, 64)
     )
     write_corpus(spec, folder / "corpus")
-    prepare("casme2", folder / "corpus", folder / "dataset", size=64, num_workers=1)
+    prepare("casme2", folder / "corpus", folder / "dataset", PrepareOptions(size=64, num_workers=1))
     backbones = {
         name: build_tiny_backbone(folder / "backbones" / name, architecture=name, hidden=HIDDEN, layers=LAYERS)
         for name in options.architectures
@@ -263,7 +263,7 @@ def measured(folder: Path, steps: int) -> dict[str, float]:
     def values(tag: str) -> list[float]:
         return [event.value for event in events.Scalars(tag)] if tag in known else []
 
-    losses, rates = values("loss/loss"), values("train/clips_per_second")
+    losses, rates = values("Loss/loss"), values("train/clips_per_second")
     if len(losses) != steps or len(rates) != steps:
         raise RowError(f"{len(losses)} losses and {len(rates)} rates were logged; expected {steps} each")
     if not math.isfinite(losses[-1]):

@@ -24,12 +24,13 @@ from pathlib import Path
 import torch
 from common import MIB, ROOT, commit, cores, cpu_name, launch_line, markdown_table, versions, write_json
 from safetensors.torch import save_file
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
-from aullm_dist.model.packing import decoder_of
-from aullm_dist.model.piecewise import WEIGHTS_AT_ONCE, model_without_storage, owners
-from aullm_dist.model.quantization import BLOCK, is_packed, nf4_config
-from aullm_dist.model.weight_files import WeightFiles
+from aullm_dist.llm.piecewise import WEIGHTS_AT_ONCE, model_without_storage, owners
+from aullm_dist.llm.quantization import BLOCK, is_packed, nf4_config
+from aullm_dist.llm.stored.weight_files import WeightFiles
+from aullm_dist.llm.tiny import build_tiny_backbone
+from aullm_dist.packing.forward import decoder_of
 
 WORKER = Path(__file__).with_name("load_memory_worker.py")
 MODES = {"ordinary": "whole on each, then divided", "pieces": "in pieces, from bf16", "prepared": "in pieces, from NF4"}
@@ -67,6 +68,10 @@ def main() -> int:
     options = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="aullm-load-memory-", dir=options.scratch) as folder:
         base = options.base or write_base(Path(folder) / "base", options.gib)
+        if options.base is None:
+            # Of no use to the benchmark, but `quantize` takes no base without one.
+            tokenizer = AutoTokenizer.from_pretrained(build_tiny_backbone(Path(folder) / "tokenizer"))
+            tokenizer.save_pretrained(base)
         sizes = sizes_of(base)
         checkpoint = sum(tensor.nbytes for tensor in WeightFiles(base).tensors.values())
         prepared, quantise = Path(folder) / "nf4", {}
@@ -109,8 +114,6 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.ranks < 2:
         parser.error(f"--ranks is {options.ranks}; allowed: 2 or more")
-    if torch.cuda.is_available():
-        parser.error("this machine has a GPU; the benchmark measures the memory of processes on CPU: hide it")
     return options
 
 
@@ -210,7 +213,8 @@ def write_strategy(folder: Path, sizes: Sizes) -> Path:
 def environment() -> dict[str, str]:
     """Return the processes' environment."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    # What is measured is the memory of processes on CPU: GPUs are hidden.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def launch(mode: str, base: Path, strategy: Path, results: Path, options: argparse.Namespace) -> list[dict]:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from aullm_dist.config.schema import TrainingConfig
-from aullm_dist.endings import leave
-from aullm_dist.model import quantization
-from aullm_dist.model.packing import decoder_of
-from aullm_dist.model.piecewise import load_in_pieces
-from aullm_dist.model.weight_files import WeightFiles
-from aullm_dist.training import context, engine
-from aullm_dist.training.placement import placement_of
+from aullm_dist.distributed import context, engine
+from aullm_dist.distributed.placement import placement_of
+from aullm_dist.llm import quantization
+from aullm_dist.llm.piecewise import load_in_pieces
+from aullm_dist.llm.stored.weight_files import WeightFiles
+from aullm_dist.packing.forward import decoder_of
+from aullm_dist.runtime.exits import leave
 
 STEPS = 2
 PERIOD_SECONDS = 0.02

@@ -26,10 +26,12 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from aullm_dist.model.tiny import build_tiny_backbone, tiny_parts
-from aullm_dist.model.weight_files import WeightFiles
-from aullm_dist.training.base_identity import base_identity
-from aullm_dist.training.manifest import json_bytes, write_manifest
+from aullm_dist.checkpoint.base_identity import base_identity
+from aullm_dist.checkpoint.entries import ManifestFacts
+from aullm_dist.checkpoint.manifest import write_manifest
+from aullm_dist.llm.stored.weight_files import WeightFiles
+from aullm_dist.llm.tiny import build_tiny_backbone, tiny_parts
+from aullm_dist.signed import json_bytes
 
 WORKER = Path(__file__).with_name("merge_worker.py")
 WIDTH, MLP, HEADS, KEY_VALUE_HEADS, VOCABULARY = 4096, 14336, 32, 8, 32000
@@ -137,12 +139,11 @@ def write_checkpoint(root: Path, base: Path, shapes: Mapping[str, tuple[int, int
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM", inference_mode=True)
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in lora.to_dict().items()}
     (folder / "adapter_config.json").write_bytes(json_bytes(config))
-    facts = {
-        "parameters": {},
-        "quantized_modules": sorted(shapes) if nf4 else [],
-        "base": base_identity(str(base), LlamaConfig.from_pretrained(base).to_dict(), base),
-        "config": {"training": {"precision": "bf16"}},
-    }
+    facts = ManifestFacts(
+        quantized_modules=tuple(sorted(shapes)) if nf4 else (),
+        base=base_identity(str(base), LlamaConfig.from_pretrained(base).to_dict(), base),
+        config={"training": {"precision": "bf16"}},
+    )
     write_manifest(folder, step=1, world_size=1, facts=facts)
     return folder
 

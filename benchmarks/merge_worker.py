@@ -12,14 +12,14 @@ import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from aullm_dist.facs import AU_SETS
+from aullm_dist.data.corpora import CORPORA
 from aullm_dist.files import force_to_disk
-from aullm_dist.model.prompt import prefix_text
-from aullm_dist.model.quantization import nf4_config
-from aullm_dist.release.merge import merge_llm
-from aullm_dist.release.merge_memory import PeakMemory
+from aullm_dist.llm.quantization import nf4_config
+from aullm_dist.merge.memory import PeakMemory
+from aullm_dist.merge.merge import merge_llm
+from aullm_dist.wording import prefix_text
 
-PROMPT = prefix_text(AU_SETS["casme2"])
+PROMPT = prefix_text(CORPORA["casme2"].aus)
 
 
 def copy(base: Path, out: Path) -> None:

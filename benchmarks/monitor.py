@@ -26,11 +26,11 @@ from train_step_model import AUS, PRESETS, Case, clips_in_memory, config_of
 
 from aullm_dist import log
 from aullm_dist.config import Config, MonitorConfig
-from aullm_dist.training.heldout import Answers
-from aullm_dist.training.monitor import Monitor
-from aullm_dist.training.monitor_clock import StepClock
-from aullm_dist.training.monitor_loop import LoopMonitor
-from aullm_dist.training.monitor_pictures import Pictures
+from aullm_dist.evaluation.answers import Answers
+from aullm_dist.monitoring.clock import StepClock
+from aullm_dist.monitoring.pictures import Pictures
+from aullm_dist.monitoring.writer import Monitor
+from aullm_dist.training.progress import LoopMonitor
 from aullm_dist.training.step import TrainStep
 
 CASE = Case(16, 3)
@@ -67,7 +67,7 @@ class Loop:
 
     def log(self, number: int) -> None:
         """Report what the steps left behind, as the loop does at logged steps."""
-        self.step.guard.settle()
+        self.step.guard.wait_for_steps()
         self.watch.logged(number + 1, 0.0)
 
 
@@ -163,7 +163,7 @@ def costs_of(bench: Bench, loop: Loop) -> dict[str, tuple[float, float]]:
     def one_logged() -> None:
         number = next(numbers)
         loop.run(number)
-        loop.step.guard.settle()
+        loop.step.guard.wait_for_steps()
 
     logged = timed(bench, lambda: loop.log(0), 20, before=one_logged)
     return {"clock": clock, "logged": logged, "sampled": sampled}

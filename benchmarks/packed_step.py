@@ -28,11 +28,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from aullm_dist.facs import AU_SETS
-from aullm_dist.model.llm import embedding_rms, load_backbone
-from aullm_dist.model.packing import packed_hidden, padded_hidden, per_branch_hidden
+from aullm_dist.data.corpora import CORPORA
+from aullm_dist.llm.backbone import BackboneOptions, embedding_rms, load_backbone
+from aullm_dist.llm.tiny import build_tiny_backbone
 from aullm_dist.model.prompt import build_prompt
-from aullm_dist.model.tiny import build_tiny_backbone
+from aullm_dist.packing.forward import packed_hidden, padded_hidden, per_branch_hidden
 
 PATHS = ("packed", "padded", "per_branch")
 TOLERANCE = 2e-5
@@ -97,7 +97,7 @@ def build_llm(folder: Path, hidden: int, layers: int, device: torch.device) -> t
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
-    backbone = load_backbone(folder, lora_rank=16)
+    backbone = load_backbone(folder, BackboneOptions(lora_rank=16))
     for name, parameter in backbone.model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.01)
@@ -106,7 +106,7 @@ def build_llm(folder: Path, hidden: int, layers: int, device: torch.device) -> t
 
 def cases(tokenizer: object, batch: int) -> list[Case]:
     """Return the fixed shapes, then those of the shipped prompt (CASME II's AUs, the tiny backbone's tokenizer)."""
-    prompt = build_prompt(AU_SETS["casme2"], tokenizer)
+    prompt = build_prompt(CORPORA["casme2"].aus, tokenizer)
     shipped = (prompt.prefix_tokens, prompt.suffix_tokens)
     return [
         Case(f"{name} K={k}", *shape, batch, k)

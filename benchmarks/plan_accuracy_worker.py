@@ -1,6 +1,5 @@
 """One rank of benchmarks/plan_accuracy.py: the real trainer, its memory sampled and its communication counted."""
 
-import copy
 import gc
 import json
 import sys
@@ -14,8 +13,11 @@ import torch
 from accelerate import Accelerator
 
 from aullm_dist.config import Config, load
-from aullm_dist.evaluation.metrics import summarise
-from aullm_dist.training import build, context, engine, fold, run, step, workspace
+from aullm_dist.distributed import context
+from aullm_dist.runs import workspace
+from aullm_dist.runs.lifecycle import Life
+from aullm_dist.runtime.signals import StopSignals
+from aullm_dist.training import build, fold, learner, run, step
 
 PERIOD_SECONDS = 0.005
 
@@ -63,12 +65,18 @@ def memory() -> int:
 
 def warm_up(accelerator: Accelerator, config: Config) -> None:
     """Train a backbone of almost no size the same way: what libraries load on their way belongs to the baseline."""
-    tiny = copy.deepcopy(config)
-    tiny.model.llm, tiny.model.architecture = "tiny", None
-    tiny.model.llm_hidden, tiny.model.llm_layers = 64, 2
-    tiny.training.output = f"{config.training.output}-tiny"
-    tiny.data.train = [str(path) for path in context.on_main(accelerator, lambda: workspace.datasets_of(config))[0]]
-    run.run(accelerator, tiny, "replace", summarise)
+    folders = context.on_main(accelerator, lambda: workspace.datasets_of(config))[0]
+    tiny = config.changed(
+        {
+            "model.llm": "tiny",
+            "model.architecture": None,
+            "model.llm_hidden": 64,
+            "model.llm_layers": 2,
+            "training.output": f"{config.training.output}-tiny",
+            "data.train": [str(path) for path in folders],
+        }
+    )
+    run.run(accelerator, tiny, "replace", Life(accelerator, tiny, StopSignals()))
     gc.collect()
 
 
@@ -115,6 +123,9 @@ def main(results: str, run_file: str, *overrides: str) -> None:
     """Train on this rank and write what was observed."""
     config = load(run_file, overrides)
     accelerator: Accelerator = context.start(config.training)
+    if "deepspeed" in sys.modules:
+        # Its engine would read this in its JSON, but folds side by side have no engine.
+        sys.modules["deepspeed"].comm.configure(enabled=True, prof_all=True, prof_ops=[], verbose=False, debug=False)
     warm_up(accelerator, config)
     accelerator.wait_for_everyone()
     sampler, traffic = Sampler(), Traffic()
@@ -124,12 +135,13 @@ def main(results: str, run_file: str, *overrides: str) -> None:
     del sampler.peaks["before"]
     sampler.start()
     run.build_model = marked(sampler, "load", "start", build.build_model)
-    engine.prepare = marked(sampler, "start", "check", engine.prepare)
+    learners = learner.Learners
+    learners._prepared = marked(sampler, "start", "check", learners._prepared)
     step.TrainStep.run = traffic.counted(marked(sampler, "step", "between", step.TrainStep.run))
     trainer = fold.FoldTrainer
     trainer._evaluate = marked(sampler, "evaluation", "between", trainer._evaluate)
     trainer._save = marked(sampler, "save", "between", trainer._save)
-    run.run(accelerator, config, "replace", summarise)
+    run.run(accelerator, config, "replace", Life(accelerator, config, StopSignals()))
     row = {
         "rank": accelerator.process_index,
         "baseline": baseline,

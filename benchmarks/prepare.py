@@ -27,8 +27,8 @@ from openpyxl import Workbook
 from PIL import Image, ImageFilter
 
 from aullm_dist.data.clips import ClipStore
-from aullm_dist.data.prepare import prepare
-from aullm_dist.facs import AU_SETS
+from aullm_dist.data.corpora import CORPORA
+from aullm_dist.data.preparation.prepare import PrepareOptions, prepare
 from aullm_dist.model.counterfactual import Chances
 from aullm_dist.model.relations import build_relations, sample_structure_edit
 from aullm_dist.training.batches import ClipRecipe, make_sample
@@ -108,7 +108,7 @@ def prepare_and_measure(root: str, out: str, workers: str, fmt: str) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.perf_counter()
-    report = prepare("casme2", root, out, size=64, num_workers=int(workers), fmt=fmt)
+    report = prepare("casme2", root, out, PrepareOptions(size=64, num_workers=int(workers), fmt=fmt))
     seconds = time.perf_counter() - started
     running = False
     watcher.join()
@@ -156,7 +156,7 @@ def make_training_samples(folder: Path, size: int, num_samples: int) -> float:
     """Training samples per second: decoded, cut, augmented, with two interventions, as a loader makes them."""
     store = ClipStore([folder], size)
     view = store.view([sample.sample_id for sample in store.samples])
-    relations = build_relations(AU_SETS["casme2"])
+    relations = build_relations(CORPORA["casme2"].aus)
     recipe = ClipRecipe(
         num_frames=6,
         cut_fraction=0.2,
@@ -166,7 +166,7 @@ def make_training_samples(folder: Path, size: int, num_samples: int) -> float:
         edit_structure=partial(sample_structure_edit, relations, 0.15),
         contradiction=True,
     )
-    labels = view.labels(AU_SETS["casme2"])
+    labels = view.labels(CORPORA["casme2"].aus)
     started = time.perf_counter()
     for number in range(num_samples):
         index = number % len(view)
@@ -194,7 +194,7 @@ def main() -> None:
         root, out = Path(folder) / "release", Path(folder) / "out"
         make_release(root, args.clips)
         started = time.perf_counter()
-        report = prepare("casme2", root, out, size=args.size, num_workers=1)
+        report = prepare("casme2", root, out, PrepareOptions(size=args.size, num_workers=1))
         seconds = time.perf_counter() - started
         read = read_clips(load_from_disk(str(out)), num_reads=2000)
         samples = make_training_samples(out, args.size, num_samples=500)

@@ -17,8 +17,8 @@ import torch
 from common import commit, cpu_name, gpu_names, markdown_table, versions, write_json
 
 from aullm_dist.config import Config
-from aullm_dist.facs import AU_SETS
-from aullm_dist.model.tiny import build_tiny_backbone
+from aullm_dist.data.corpora import CORPORA
+from aullm_dist.llm.tiny import build_tiny_backbone
 from aullm_dist.release.probe import TOLERANCES, answer_probe, probe_clips
 from aullm_dist.training.build import build_model
 
@@ -40,10 +40,9 @@ WAYS = (
 def answers(llm: Path, precision: str, way: tuple[bool, str, int, str]) -> torch.Tensor:
     """Return the logits `[clips, A]` of the model of a seed, computed in one way."""
     packing, attention, threads, device = way
-    config = Config()
-    config.model.packing, config.model.attention, config.training.precision = packing, attention, precision
+    config = Config().changed({"model.packing": packing, "model.attention": attention, "training.precision": precision})
     torch.set_num_threads(threads)
-    model = build_model(config, AU_SETS["casme2"], llm).model
+    model = build_model(config, CORPORA["casme2"].aus, llm).model
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

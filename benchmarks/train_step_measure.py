@@ -53,13 +53,18 @@ def timed_steps(device: torch.device, run: Callable[[], object], count: int) -> 
     return [before.elapsed_time(after) / 1e3 for before, after in zip(ends, ends[1:], strict=False)]
 
 
-def device_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Return the floating-point operations per second of a large matrix product, and the bytes per second of a copy."""
-    on_gpu = device.type == "cuda"
-    side = 8192 if on_gpu else 1024
+def device_rates(device: torch.device, dtype: torch.dtype, side: int | None = None) -> tuple[float, float]:
+    """Return the floating-point operations per second of a large matrix product, and the bytes per second of a copy.
+
+    Args:
+        device: the device.
+        dtype: of the matrices.
+        side: rows and columns of the matrices; None takes what fills the device.
+    """
+    side = side or (8192 if device.type == "cuda" else 1024)
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     flops = 2 * side**3 / _best(device, lambda: left @ right)
-    source = torch.empty((2**30 if on_gpu else 2**26) // 4, device=device).zero_()
+    source = torch.empty((2**30 if side >= 8192 else 2**26) // 4, device=device).zero_()
     target = torch.empty_like(source)
     return flops, 2 * source.nbytes / _best(device, lambda: target.copy_(source))
 

@@ -16,18 +16,20 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from aullm_dist.config import Config, load
 from aullm_dist.data.clips import ClipView
+from aullm_dist.data.corpora import CORPORA
 from aullm_dist.data.protocols import SampleInfo
-from aullm_dist.facs import AU_SETS
-from aullm_dist.model import piecewise
-from aullm_dist.model.packing import per_branch_hidden
-from aullm_dist.model.piecewise import model_without_storage, owners
+from aullm_dist.distributed.placement import Whole
+from aullm_dist.llm import base_check
+from aullm_dist.llm.piecewise import model_without_storage, owners
+from aullm_dist.llm.stored import wrappers
+from aullm_dist.llm.stored.weight_files import StoredTensor
+from aullm_dist.llm.tiny import build_tiny_backbone
+from aullm_dist.model.assembly import BuiltModel
 from aullm_dist.model.reasoner import Reasoner
-from aullm_dist.model.tiny import build_tiny_backbone
-from aullm_dist.model.weight_files import StoredTensor
-from aullm_dist.training.build import BuiltModel, build_model
-from aullm_dist.training.placement import Whole
+from aullm_dist.packing.forward import per_branch_hidden
+from aullm_dist.training.build import build_model
 
-AUS = AU_SETS["casme2"]
+AUS = CORPORA["casme2"].aus
 PATHS = ("packed", "padded", "per_branch")
 NF4_READ_BYTES = 0.5 + 1 / 64
 """Of a weight in NF4 with double quantisation."""
@@ -145,6 +147,9 @@ class RandomFiles:
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
     def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[name]
 
@@ -183,7 +188,7 @@ def config_of(preset: Preset, case: Case, options: object) -> Config:
     drawn = INTERVENTIONS[case.branches]
     chances = {f"counterfactual.{name}_probability": float(name in drawn) for name in INTERVENTIONS[6]}
     batch = {"training.global_batch": case.clips, "training.micro_batch": case.clips}
-    more = chances | batch | {"counterfactual.branches": len(drawn)}
+    more = chances | batch | {"counterfactual.enabled": bool(drawn), "counterfactual.branches": len(drawn)}
     return load(None, [*settings_of(preset, options), *(f"{key}={value}" for key, value in more.items())])
 
 
@@ -196,7 +201,8 @@ def build(preset: Preset, folder: Path, accelerator: Accelerator, config: Config
     (folder / "model.safetensors").unlink()
     preset.config().save_pretrained(folder)
     files = functools.partial(RandomFiles, device=accelerator.device)
-    with mock.patch.object(piecewise, "WeightFiles", files):
+    # There are no files to check.
+    with mock.patch.object(wrappers, "WeightFiles", files), mock.patch.object(base_check, "check_files"):
         built = build_model(config, AUS, folder, Whole(accelerator))
     built.model.to(accelerator.device)
     generator = torch.Generator(accelerator.device).manual_seed(1)

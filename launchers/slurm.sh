@@ -1,5 +1,6 @@
 #!/bin/bash
 # sbatch [--nodes=N] [sbatch options] launchers/slurm.sh CONFIG [section.key=value ...]        (docs/cluster.md)
+# sbatch ... launchers/slurm.sh sweep CONFIG [CONFIG ...] --out FOLDER [--seeds SEED ...] [section.key=value ...]
 # Trains with --resume auto, and starts itself again after a time limit or a failure that had trained a step.
 # In a job array each task trains the fold of its number, or the run on that line of the file $AULLM_RUNS.
 #SBATCH --job-name=aullm
@@ -20,6 +21,11 @@ elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   set -- "$@" "data.fold=$SLURM_ARRAY_TASK_ID"
 fi
 [ $# -gt 0 ] || refuse "no run file is given; sbatch launchers/slurm.sh CONFIG [section.key=value ...]"
+arguments=(--config "$@")
+if [ "$1" = sweep ]; then
+  [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || refuse "a sweep is one job, not an array of jobs"
+  arguments=(--sweep "${@:2}")
+fi
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 
 signal=
@@ -32,7 +38,7 @@ srun --kill-on-bad-exit=1 ${AULLM_SRUN_OPTIONS:-} bash -c 'exec ${AULLM_CONTAINE
   --master-addr="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}" \
   --master-port="$MASTER_PORT" \
   --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=300 \
-  -m aullm_dist.train --resume auto --offline --config "$@"' task "$@" &
+  -m aullm_dist.train --resume auto --offline "$@"' task "${arguments[@]}" &
 srun=$!
 # A trapped signal ends wait, not srun.
 while :; do wait "$srun"; status=$?; kill -0 "$srun" 2>/dev/null || break; done

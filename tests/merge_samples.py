@@ -8,9 +8,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from aullm_dist.model.quantization import nf4_config, prepare, quantized_modules
-from aullm_dist.training.base_identity import base_identity
-from aullm_dist.training.checkpoint import save_checkpoint
+from aullm_dist.checkpoint.base_identity import base_identity
+from aullm_dist.checkpoint.store import RunFacts, save_checkpoint
+from aullm_dist.llm.backbone import Backbone
+from aullm_dist.llm.quantization import nf4_config, prepare, quantized_modules
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -49,10 +50,33 @@ def write_checkpoint(root: Path, llm: Path, precision: str = "bf16", nf4: bool =
         model=_Holder(wrapped),
         optimizer=None,
         state={},
-        config={"training": {"precision": precision}},
-        model_config={"aus": [1], "prompt": "Action units under test: lip corner puller. Evidence:<CT>"},
-        base=base_identity(str(llm), config, llm),
-        quantized_modules=quantized_modules(model) if nf4 else (),
+        run=RunFacts(
+            config={"training": {"precision": precision}},
+            model_config={"aus": [1], "prompt": "Action units under test: lip corner puller. Evidence:<CT>"},
+            base=base_identity(str(llm), config, llm),
+            quantized_modules=quantized_modules(model) if nf4 else (),
+        ),
+    )
+
+
+def checkpoint_of(root: Path, backbone: Backbone, llm: Path, precision: str = "fp32") -> Path:
+    """Write a checkpoint of a loaded backbone whose LoRA moves every weight, and return it."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in backbone.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05, generator=generator)
+    return save_checkpoint(
+        root,
+        1,
+        model=_Holder(backbone.model),
+        optimizer=None,
+        state={},
+        run=RunFacts(
+            config={"training": {"precision": precision}},
+            model_config={"aus": [1], "prompt": "Action units under test: lip corner puller. Evidence:<CT>"},
+            base=base_identity(str(llm), backbone.config.to_dict(), llm),
+            quantized_modules=backbone.quantized_modules,
+        ),
     )
 
 

@@ -5,15 +5,15 @@ from collections.abc import Mapping
 import numpy as np
 
 from aullm_dist.data.protocols import Fold
-from aullm_dist.training.predictions import Prediction
+from aullm_dist.runs.predictions import StoredPrediction
 
 
 def rows_of(
     fold: Fold, truth: Mapping[str, tuple[int, ...]], generator: np.random.Generator, *, gain: float, offset: float
-) -> list[Prediction]:
+) -> list[StoredPrediction]:
     """Return the inner and test rows of a fold; logits are `gain` times the label plus `offset` and noise."""
     return [
-        Prediction(
+        StoredPrediction(
             sample_id=name,
             subject=name.rpartition("/")[0],
             corpus="casme2",

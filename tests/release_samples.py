@@ -8,16 +8,17 @@ import pytest
 import torch
 from prediction_samples import rows_of
 
+from aullm_dist.checkpoint.store import RunFacts, save_checkpoint
 from aullm_dist.config import Config, from_dict, to_dict
 from aullm_dist.data.clips import read_samples
+from aullm_dist.data.corpora import CORPORA
 from aullm_dist.data.protocols import FoldPlan, make_folds, write_folds
-from aullm_dist.facs import AU_SETS
-from aullm_dist.release.folder import export
+from aullm_dist.release.export import CardOptions, export
+from aullm_dist.runs.paths import FoldPaths
+from aullm_dist.runs.predictions import write_predictions
 from aullm_dist.training.build import build_model
-from aullm_dist.training.checkpoint import save_checkpoint
-from aullm_dist.training.predictions import prediction_path, write_predictions
 
-AUS = AU_SETS["casme2"]
+AUS = CORPORA["casme2"].aus
 STEP = 10
 
 
@@ -35,7 +36,7 @@ def checkpoint(tiny_dataset, llm, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def exported(checkpoint, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("adapter") / "release"
-    export(checkpoint, out, format="adapter", authors=["A. Author"])
+    export(checkpoint, out, format="adapter", card=CardOptions(authors=["A. Author"]))
     return out
 
 
@@ -56,7 +57,7 @@ def write_run(run: Path, dataset: Path, llm: Path | str, **model: object) -> Pat
     generator = np.random.default_rng(0)
     for fold in folds:
         rows = rows_of(fold, truth, generator, gain=2.0, offset=-1.5)
-        write_predictions(prediction_path(run, fold.index, 2), rows, aus=AUS, epoch=2, step=STEP)
+        write_predictions(FoldPaths(run, fold.index).predictions(2), rows, aus=AUS, epoch=2, step=STEP)
     return _write_checkpoint(run / "fold-00" / "checkpoints", config, llm)
 
 
@@ -74,8 +75,10 @@ def _write_checkpoint(folder: Path, config: Config, llm: Path | str) -> Path:
         model=built.model,
         optimizer=None,
         state={"epoch": 2},
-        config=to_dict(config),
-        model_config=built.model_config,
-        base=built.base,
-        quantized_modules=built.quantized_modules,
+        run=RunFacts(
+            config=to_dict(config),
+            model_config=built.model_config,
+            base=built.base,
+            quantized_modules=built.quantized_modules,
+        ),
     )

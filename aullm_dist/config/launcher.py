@@ -1,4 +1,4 @@
-"""What `accelerate launch` was told, held against the run file: the strategy has one source, `training.strategy`."""
+"""Compares the options of `accelerate launch` with the run file, whose `training.strategy` alone decides."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +15,12 @@ def refuse_launcher(strategy: Strategy, training: TrainingConfig, environment: M
     Raises:
         UserError: naming the flag and the setting.
     """
-    _refuse_other_engine(strategy, environment)
-    accumulation = training.accumulation(int(environment.get("WORLD_SIZE", "1")))
+    _refuse_other_engine(strategy, training, environment)
+    groups = training.folds_at_once if training.folds_at_once != "auto" else 1
+    accumulation = training.accumulation(int(environment.get("WORLD_SIZE", "1")) // groups)
     zero = strategy.deepspeed["zero_optimization"] if strategy.deepspeed is not None else {}
     offload = {name: offloaded_to(zero, name) for name in ("optimizer", "param")}
-    flags = [
+    flags: list[tuple[str, str, object, str]] = [
         ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "--zero_stage", strategy.stage, f"training.strategy is {strategy.name}"),
         (
             "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
@@ -56,7 +57,7 @@ def refuse_launcher(strategy: Strategy, training: TrainingConfig, environment: M
         )
 
 
-def _refuse_other_engine(strategy: Strategy, environment: Mapping[str, str]) -> None:
+def _refuse_other_engine(strategy: Strategy, training: TrainingConfig, environment: Mapping[str, str]) -> None:
     others = {
         "ACCELERATE_USE_FSDP": "--use_fsdp",
         "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
@@ -73,6 +74,11 @@ def _refuse_other_engine(strategy: Strategy, environment: Mapping[str, str]) -> 
             f"the launcher was given --use_deepspeed, but training.strategy is {strategy.name}; set training.strategy "
             f"to one of {', '.join(strategy_names()[1:])}, or start with --multi_gpu instead"
         )
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true" and training.folds_at_once != 1:
+        raise UserError(
+            f"the launcher was given --use_deepspeed, but training.folds_at_once is {training.folds_at_once}; start "
+            "with --multi_gpu instead"
+        )
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     same_file = file and strategy.file is not None and Path(file).resolve() == strategy.file.resolve()
     if file not in (None, "none", "None") and not same_file:
@@ -87,6 +93,6 @@ def _refuse_other_engine(strategy: Strategy, environment: Mapping[str, str]) -> 
 
 def _same(given: str, ours: object) -> bool:
     try:
-        return float(given) == float(ours)
+        return float(given) == float(str(ours))
     except (TypeError, ValueError):
         return given == ours

@@ -1,25 +1,30 @@
-"""The strict YAML loader of a run's configuration and its `section.key=value` overrides.
+"""Loads a run's configuration: strict YAML and `section.key=value` overrides.
 
 Precedence is defaults < YAML < overrides. An unknown key, a wrong type, a duplicate key or an impossible combination
 is a `UserError` of one line that names the file, the key, what was given, what is allowed and the nearest valid name.
 This module imports neither torch nor transformers, so that a login node can check a run file in a blink.
 """
 
-import contextlib
 import copy
-import dataclasses
-import difflib
-import types
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import yaml
 
+from aullm_dist.config.allowed import is_nullable
 from aullm_dist.config.checks import check
-from aullm_dist.config.schema import Config
+from aullm_dist.config.schema import Config, group_documents, kind_of, place_of, settings
+from aullm_dist.config.values import nearest, takes_text, takes_texts
 from aullm_dist.errors import UserError
+from aullm_dist.files import user_path
+
+UNSAID = {"visual": "led", "answer": "deduction"}
+"""What a model is whose recorded settings do not say: they are older than the setting."""
+_BEFORE_THE_KEY = {**{f"model.{name}": before for name, before in UNSAID.items()}, "data.neutral_share": 0.0}
+"""What a recorded configuration without the key meant, where that is not today's default."""
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -27,52 +32,91 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
     Args:
         path: YAML file with the groups of `Config`; None takes the defaults alone.
-        overrides: `section.key=value` strings; the value is read as YAML.
+        overrides: `section.key=value` strings; a text is taken as it stands, other values are read as YAML.
 
     Raises:
         UserError: one line that names the file or the override, the key, what was given and what is allowed.
     """
     config = Config()
     if path is not None:
-        _apply_mapping(config, _read_yaml(Path(path)), str(path))
-    apply_overrides(config, overrides)
+        config = _with_mapping(config, read_run_file(Path(path)), str(path))
+    config = with_overrides(config, overrides)
     sources = [str(path)] if path is not None else []
-    _check(config, " with ".join([*sources, "overrides"] if overrides else sources) or "defaults")
-    return config
+    return checked(config, " with ".join([*sources, "overrides"] if overrides else sources) or "defaults")
 
 
-def apply_overrides(config: Config, overrides: Sequence[str]) -> None:
-    """Set `section.key=value` strings in a configuration, without checking what they make of it together.
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """Return a configuration with `section.key=value` strings in it, without checking what they make of it together.
 
     Raises:
         UserError: an override is malformed, or names what there is not.
     """
     for override in overrides:
-        _apply_override(config, override)
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """Return the configuration as plain nested dictionaries, ready for YAML or JSON."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(mapping: Mapping[str, Any], source: str) -> Config:
-    """Rebuild a configuration that `to_dict` wrote; `source` names it in errors."""
-    config = Config()
-    _apply_mapping(config, mapping, source)
-    _check(config, source)
+        config = _with_override(config, override)
     return config
 
 
-def _check(config: Config, source: str) -> None:
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the configuration as plain nested dictionaries and lists, ready for YAML or JSON."""
+    groups: dict[str, dict[str, Any]] = {}
+    for setting in settings():
+        groups.setdefault(setting.group, {})[setting.key] = plain(setting.value(config))
+    return groups
+
+
+def plain(value: Any) -> Any:
+    """Return the value of a setting as YAML and JSON have it: a tuple as a list."""
+    return list(value) if isinstance(value, tuple) else copy.deepcopy(value)
+
+
+def load_recorded(path: Path) -> Config:
+    """Return the configuration that a run has recorded: all of it, so that nothing is silently today's default.
+
+    Raises:
+        UserError: it cannot be read, or was cut off.
+    """
+    content = read_run_file(path)
+    try:
+        ends = path.read_bytes()[-1:] == b"\n"
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the folder of a run") from error
+    if not content or not ends:
+        raise UserError(f"{path}: {'is cut off' if content else 'holds no settings'}; a run records all of them there")
+    return from_dict(content, str(path))
+
+
+def from_dict(mapping: Mapping[str, Any], source: str) -> Config:
+    """Rebuild a configuration that `to_dict` wrote, of this version or an older one; `source` names it in errors."""
+    return checked(_with_mapping(Config().changed(_BEFORE_THE_KEY), mapping, source), source)
+
+
+def checked(config: Config, source: str) -> Config:
+    """Return a configuration that can work.
+
+    Raises:
+        UserError: a value or a combination cannot; `source` names where they come from.
+    """
     try:
         check(config)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
+    return config
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which plain YAML lets the last one win."""
+    """SafeLoader that refuses a key given twice, and takes dates, clock times, octal and other numbers for text.
+
+    Plain YAML lets the last of two keys win, and reads 012 as 10, 1:30 as 90 and 2026-01-31 as a date.
+    """
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - the name is PyYAML's
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        if getattr(event, "tag", None):
+            line = event.start_mark.line + 1
+            raise UserError(f"{self.name}, line {line}: the tag {event.tag} is not used here; write the value alone")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -90,24 +134,61 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parse(stream: TextIO | str, name: str) -> Any:
-    loader = _StrictLoader(stream)
-    loader.name = name
-    return loader.get_single_data()
+class _TextLoader(_StrictLoader):
+    """The same, for lists of texts: whatever stands there is text."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - the name is PyYAML's
 
 
-def _read_yaml(path: Path) -> Mapping[str, Any]:
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF", list("yYnNtTfFoO")),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)",
+        list("-+0123456789."),
+    ),
+    ("merge", r"<<", ["<"]),
+):
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first)
+
+
+def _parse(stream: TextIO | str, name: str, kind: type[_StrictLoader] = _StrictLoader) -> Any:
+    """Return what a document holds.
+
+    Raises:
+        UserError: it is not YAML, or holds what is not used here; `name` names it.
+    """
+    try:
+        loader = kind(stream)
+        loader.name = name
+        return loader.get_single_data()
+    except UserError:
+        raise
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        why = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{name}{where}: not valid YAML ({why})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: is not UTF-8 text; give a YAML run file") from error
+    except (ValueError, RecursionError) as error:
+        # A number of thousands of digits, brackets in thousands.
+        raise UserError(f"{name}: not usable YAML ({str(error)[:100]})") from error
+
+
+def read_run_file(path: Path) -> Mapping[str, Any]:
+    """Return the groups of a run file as they stand there.
+
+    Raises:
+        UserError: it cannot be read, is not YAML, or holds no groups.
+    """
     try:
         with path.open(encoding="utf-8") as stream:
             content = _parse(stream, str(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML run file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text; give the path of a YAML run file") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -116,79 +197,82 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
 
 
 def _group_names() -> list[str]:
-    return [f.name for f in dataclasses.fields(Config)]
+    return list(group_documents())
 
 
-def _nearest(name: str, allowed: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}? " if close else ""
-
-
-def _apply_mapping(config: Config, mapping: Mapping[str, Any], source: str) -> None:
-    for group_name, values in mapping.items():
-        if group_name not in _group_names():
-            hint = _nearest(str(group_name), _group_names())
-            raise UserError(f"{source}: unknown group {group_name!r}; {hint}allowed: {', '.join(_group_names())}")
+def _with_mapping(config: Config, mapping: Mapping[str, Any], source: str) -> Config:
+    if not isinstance(mapping, Mapping):
+        raise UserError(f"{source} is {type(mapping).__name__}; a mapping of groups is expected")
+    found: dict[str, Any] = {}
+    for group, values in mapping.items():
+        if group not in _group_names():
+            hint = nearest(str(group), _group_names())
+            raise UserError(f"{source}: unknown group {group!r}; {hint}allowed: {', '.join(_group_names())}")
         if values is None:
             continue
         if not isinstance(values, Mapping):
-            raise UserError(f"{source}: {group_name} is {values!r}; a group of `key: value` lines is expected")
-        for key, value in values.items():
-            _set(getattr(config, group_name), group_name, str(key), value, source)
+            raise UserError(f"{source}: {group} is {values!r}; a group of `key: value` lines is expected")
+        found |= {f"{group}.{key}": value for key, value in values.items()}
+    return config.changed(found, source)
 
 
-def _apply_override(config: Config, override: str) -> None:
+def _with_override(config: Config, override: str) -> Config:
     source = f"override {override!r}"
-    key_path, equals, text = override.partition("=")
-    group_name, dot, key = key_path.strip().partition(".")
+    name, equals, text = override.partition("=")
+    group, dot, key = name.strip().partition(".")
     if not equals or not dot or not key:
         raise UserError(f"{source}: not of the form section.key=value, for instance training.seed=1")
-    if group_name not in _group_names():
-        hint = _nearest(group_name, _group_names())
-        raise UserError(f"{source}: unknown group {group_name!r}; {hint}allowed: {', '.join(_group_names())}")
-    try:
-        value = _parse(text, source) if text.strip() else ""
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: the value is not valid YAML; quote it if it holds special characters") from error
-    _set(getattr(config, group_name), group_name, key, value, source)
+    kind = kind_of(group, key, source)
+    if takes_text(kind):
+        value = None if text == "null" and is_nullable(kind) else _verbatim(text, source)
+    elif takes_texts(kind):
+        value = _list_of_texts(text, kind, source)
+        if place_of(group, key) is not None and isinstance(value, list):
+            _refuse_cut_path(text, value, source)
+    else:
+        value = _one_value(text, source) if text.strip() else ""
+    return config.changed({f"{group}.{key}": value}, source)
 
 
-def _set(group: Any, group_name: str, key: str, value: Any, source: str) -> None:
-    hints = typing.get_type_hints(type(group))
-    if key not in hints:
-        hint = _nearest(key, list(hints))
-        raise UserError(f"{source}: unknown key '{group_name}.{key}'; {hint}allowed: {', '.join(sorted(hints))}")
-    setattr(group, key, _convert(value, hints[key], f"{source}: {group_name}.{key}"))
+def _verbatim(text: str, source: str) -> str:
+    """Return a text as it was given, also where YAML would see a number, a date or a comment in it.
+
+    Quotes around all of it are those of YAML, as in run files.
+    """
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        quoted = _one_value(text, source, _TextLoader)
+        if isinstance(quoted, str):
+            return quoted
+    if text != text.strip():
+        raise UserError(f"{source}: the value begins or ends with a blank; leave it out, or write the value in quotes")
+    return text
 
 
-def _convert(value: Any, kind: Any, where: str) -> Any:
-    """Return `value` as `kind`, or raise; only integers and YAML's `1e-4` strings are turned, both into float."""
-    origin = typing.get_origin(kind)
-    if origin is Literal:
-        choices = typing.get_args(kind)
-        if value in choices and isinstance(value, str):
-            return value
-        close = _nearest(str(value), choices)
-        raise UserError(f"{where} is {value!r}; {close}allowed: {', '.join(choices)}")
-    if origin is types.UnionType:
-        if value is None:
-            return None
-        return _convert(value, next(k for k in typing.get_args(kind) if k is not type(None)), where)
-    if origin is list:
-        (item_kind,) = typing.get_args(kind)
-        if not isinstance(value, list):
-            raise UserError(f"{where} is {value!r}; a list of {item_kind.__name__} is expected, such as [a, b]")
-        return [_convert(item, item_kind, f"{where}[{i}]") for i, item in enumerate(value)]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise UserError(f"{where} is {value!r}; a mapping of `name: value` is expected, such as {{a: 1, b: 2}}")
-        return copy.deepcopy(value)
-    if kind is float and isinstance(value, str):
-        # PyYAML reads 1e-4 as text because YAML 1.1 wants a dot in the mantissa.
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind:
-        raise UserError(f"{where} is {value!r} ({type(value).__name__}); a value of type {kind.__name__} is expected")
+def _list_of_texts(text: str, kind: Any, source: str) -> Any:
+    """Return a list in brackets, or a text alone as the list of it; true and false where the setting takes them."""
+    if text.lstrip().startswith("["):
+        return _one_value(text, source, _TextLoader)
+    if bool in typing.get_args(kind) and isinstance(value := _one_value(text, source), bool):
+        return value
+    return [_verbatim(text, source)] if text else ""
+
+
+def _one_value(text: str, source: str, kind: type[_StrictLoader] = _StrictLoader) -> Any:
+    """Return the one YAML value of a text, none of which may be cut off as a comment."""
+    value = _parse(text, source, kind)
+    if "#" in text and text[_end_of(text) :].strip():
+        raise UserError(f"{source}: what follows ' #' would be cut off as a comment; leave it out, or quote the value")
     return value
+
+
+def _end_of(text: str) -> int:
+    """Return where the one YAML value of a text ends."""
+    node = yaml.compose(text, _TextLoader)
+    return node.end_mark.index if node is not None else 0
+
+
+def _refuse_cut_path(text: str, parts: Sequence[Any], source: str) -> None:
+    """Refuse a path with a comma that the brackets have made two of."""
+    whole = text.strip()[1:-1].strip()
+    if len(parts) > 1 and user_path(whole).exists() and not any(Path(str(part)).exists() for part in parts):
+        raise UserError(f"{source}: the comma makes {len(parts)} paths of {whole!r}, which exists; write it in quotes")

@@ -1,6 +1,6 @@
-"""What the `zero_optimization` section of a DeepSpeed JSON may ask of this trainer, each refusal one line.
+"""Checks the `zero_optimization` section of a DeepSpeed JSON; each refusal is one line.
 
-DeepSpeed accepts most of this without a word: a key of another stage has no effect, and what does not work fails long
+DeepSpeed accepts most of this silently: a key of another stage has no effect, and what does not work fails long
 after the LLM was loaded, or computes something else.
 """
 
@@ -69,7 +69,7 @@ def fill_sharding(file: Path, config: dict[str, Any], processes: int, per_node: 
     """Fill in, in place, what of the section depends on the run.
 
     Raises:
-        UserError: the processes cannot be divided as the section says.
+        UserError: the processes cannot be split as the section says.
     """
     zero = config["zero_optimization"]
     if offloaded_to(zero, "optimizer") != "none":

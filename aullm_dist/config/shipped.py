@@ -1,8 +1,9 @@
-"""Where the shipped run files and DeepSpeed configurations are."""
+"""Finds the shipped run files and DeepSpeed configurations."""
 
 from pathlib import Path
 
 from aullm_dist.errors import UserError
+from aullm_dist.files import user_path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 PACKAGED_CONFIGS = _PACKAGE / "configs"
@@ -10,7 +11,7 @@ CHECKOUT_CONFIGS = _PACKAGE.parent / "configs"
 
 
 def configs_folder() -> Path:
-    """Return the folder of shipped configurations: inside the installed package, or beside it in a checkout."""
+    """Return the folder of shipped configurations: inside the installed package, or next to it in a checkout."""
     return PACKAGED_CONFIGS if PACKAGED_CONFIGS.is_dir() else CHECKOUT_CONFIGS
 
 
@@ -21,12 +22,12 @@ def shipped_names(group: str = "") -> list[str]:
 
 
 def find_config(name: str) -> Path:
-    """Return the path of a run file given as a path, or as the name of a shipped one (`demo`, `ablation/no_ccr`).
+    """Return the path of a run file given as a path, or as the name of a shipped one (`demo`, `ablation/ccr`).
 
     Raises:
         UserError: neither the path nor a shipped run file of that name exists.
     """
-    path = Path(name)
+    path = user_path(name)
     if path.is_file():
         return path
     shipped = configs_folder() / "experiments" / f"{name.removesuffix('.yaml')}.yaml"

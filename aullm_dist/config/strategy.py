@@ -1,8 +1,8 @@
-"""The distribution strategy: what `training.strategy` names.
+"""Maps `training.strategy` to a distribution strategy.
 
-That is `ddp`, the stem of a file in configs/deepspeed, or the path of a DeepSpeed JSON of the user's own. The JSON
-decides how tensors are sharded; batch, clipping and precision come from the run file, and a JSON that sets one of them
-differently is refused instead of winning in silence.
+A strategy is `ddp`, the stem of a file in configs/deepspeed, or the path of a DeepSpeed JSON of the user's own. The
+JSON decides how tensors are sharded; batch, clipping and precision come from the run file, and a JSON that sets one of
+them differently is refused instead of winning silently.
 """
 
 import json
@@ -15,6 +15,7 @@ from aullm_dist.config.schema import TrainingConfig
 from aullm_dist.config.sharding import HPZ, fill_sharding, refuse_sharding
 from aullm_dist.config.shipped import configs_folder
 from aullm_dist.errors import UserError
+from aullm_dist.files import read_json, user_path
 
 DDP = "ddp"
 _STAGES = (1, 2, 3)
@@ -22,10 +23,14 @@ _STAGES = (1, 2, 3)
 _OURS = {
     "optimizer": "AdamW and its learning rates are those of the run file",
     "scheduler": "the schedule is that of the run file",
+    "timers": "step times are the run's own, which do not wait for the GPU as DeepSpeed's do",
 }
+# DeepSpeed's timer of throughput, on by default, has the host wait for the GPU before and after every pass. The run's
+# own step times come from events and never wait.
+_NO_TIMERS = {"throughput": {"enabled": False}}
 _PRECISION_SECTIONS = ("bf16", "fp16", "torch_autocast", "amp")
-# What may stand beside `zero_optimization` and the values of the run file: messages, timings, whose optimizer.
-# DeepSpeed passes over keys that it does not know, so a misspelt one would be lost in silence.
+# What may stand next to `zero_optimization` and the values of the run file: messages, timings, whose optimizer.
+# DeepSpeed passes over keys that it does not know, so a misspelt one would be lost silently.
 _MAY_STAND = (
     "comms_logger",
     "dump_state",
@@ -73,7 +78,9 @@ class Strategy:
             if given not in ("auto", value):
                 raise UserError(f'{self.file}: {key} is {given!r}, but {source}; allowed: "auto", or leave it out')
             config[key] = value
+        assert self.file is not None, "a strategy of DeepSpeed comes from a file"
         fill_sharding(self.file, config, processes, per_node or processes)
+        config["timers"] = _NO_TIMERS
         return config
 
 
@@ -91,7 +98,7 @@ def load_strategy(name: str) -> Strategy:
     if name == DDP:
         return Strategy(DDP)
     shipped = configs_folder() / "deepspeed" / f"{name}.json"
-    path = shipped if name in strategy_names() else Path(name).expanduser()
+    path = shipped if name in strategy_names() else user_path(name)
     if not path.is_file():
         raise UserError(
             f"training.strategy is {name!r}; allowed: {', '.join(strategy_names())}, or the path of a DeepSpeed JSON"
@@ -116,22 +123,13 @@ def _read_json(path: Path) -> dict[str, Any]:
                 raise UserError(f"{path}: key {key!r} is given twice; keep one")
         return dict(pairs)
 
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a DeepSpeed JSON") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text; give the path of a DeepSpeed JSON") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds {type(content).__name__}; a DeepSpeed configuration is a JSON object")
-    return content
+    return read_json(path, "give the path of a DeepSpeed JSON", object_pairs_hook=without_duplicates)
 
 
 def _refuse_what_is_ours(path: Path, content: Mapping[str, Any]) -> None:
     for key, why in _OURS.items():
-        if key in content:
+        # The deepspeed.json of a run is a strategy too.
+        if key in content and (key, content[key]) != ("timers", _NO_TIMERS):
             raise UserError(f"{path}: has a section {key!r}, but {why}; remove it")
     for key in _PRECISION_SECTIONS:
         section = content.get(key)
@@ -143,7 +141,7 @@ def _refuse_what_is_ours(path: Path, content: Mapping[str, Any]) -> None:
     values = list(values_of_run_file(TrainingConfig(), 1))
     known = [*values, "zero_optimization", *_MAY_STAND]
     for key in content:
-        if key not in (*known, *_PRECISION_SECTIONS):
+        if key not in (*known, *_PRECISION_SECTIONS, *_OURS):
             raise UserError(f"{path}: key {key!r} is not used by this trainer; allowed: {', '.join(known)}")
     filled = (*values, f"zero_optimization.{HPZ}")
     for name in _autos(content):

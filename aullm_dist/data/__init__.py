@@ -1,1 +1,1 @@
-"""Corpora on disk, their annotations, and the prepared datasets made from them."""
+"""Reads corpora and their annotations, and makes prepared datasets of them."""

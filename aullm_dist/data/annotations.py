@@ -1,4 +1,4 @@
-"""The grammar of AU cells as annotators of micro-expression corpora write them.
+"""Parses AU cells as annotators of micro-expression corpora write them.
 
 One parser for every corpus: `4+R12`, `L1+R2`, `A1B+A2C`, `AUR2+12(k)+45`, `14?`, `R14A or 17A`, a lone `/`, and the
 floats and full-width punctuation that spreadsheets add. Whatever fits no rule is an error and never a guess, because
@@ -59,6 +59,8 @@ class Annotation:
 
     units: tuple[ActionUnit, ...] = ()
     uncertain: bool = False
+    dropped: tuple[str, ...] = ()
+    """Letters that stood alone, as in `4+7+A`: sides or intensities without their AU."""
 
     @property
     def active(self) -> frozenset[int]:
@@ -84,11 +86,11 @@ def parse_aus(cell: object, *, alternatives: Alternatives = "first") -> Annotati
         return Annotation()
     choices = [_parse_units(part, cell) for part in _OR.split(text)]
     if len(choices) == 1:
-        return Annotation(choices[0], any(unit.uncertain for unit in choices[0]))
+        return Annotation(choices[0], any(unit.uncertain for unit in choices[0]), _lone_letters(text))
     if not all(choices):
         raise _error(cell, "an alternative of 'or' names no AU")
     kept = {"first": choices[0], "all": tuple(unit for units in choices for unit in units), "drop": ()}[alternatives]
-    return Annotation(tuple(replace(unit, uncertain=True) for unit in kept), uncertain=True)
+    return Annotation(tuple(replace(unit, uncertain=True) for unit in kept), True, _lone_letters(text))
 
 
 def has_alternatives(cell: object) -> bool:
@@ -118,9 +120,9 @@ def _cell_text(cell: object) -> str:
         return str(int(cell))
     if math.isnan(cell):
         return ""
-    if not math.isfinite(cell) or cell != int(cell):
+    if not math.isfinite(cell) or cell != math.trunc(cell):
         raise _error(cell, "not a whole number")
-    return str(int(cell))
+    return str(math.trunc(cell))
 
 
 def _parse_units(text: str, cell: object) -> tuple[ActionUnit, ...]:
@@ -137,7 +139,13 @@ def _parse_units(text: str, cell: object) -> tuple[ActionUnit, ...]:
             units[-1] = _mark(units[-1], token)
         else:
             raise _error(cell, f"{_shown(token)} is no AU")
+    if not units and (letters := _lone_letters(text)):
+        raise _error(cell, f"{_shown(letters[0])} stands alone, and no AU is named")
     return tuple(units)
+
+
+def _lone_letters(text: str) -> tuple[str, ...]:
+    return tuple(token for token in _SEPARATORS.split(text) if token.upper() in _LETTERS)
 
 
 def _mark(unit: ActionUnit, marks: str) -> ActionUnit:

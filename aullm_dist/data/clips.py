@@ -1,7 +1,6 @@
-"""Prepared clips as arrays: loading, views of fixed samples, temporal sampling and augmentation."""
+"""Loads prepared clips as arrays: views of fixed samples, temporal sampling and augmentation."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from aullm_dist.data.crops import recorded_crop
+from aullm_dist.data.manifest import check_dataset
 from aullm_dist.data.protocols import SampleInfo
+from aullm_dist.data.records import read_report
 from aullm_dist.data.tables import ClipTable, open_part, parquet_files
 from aullm_dist.errors import UserError
 
@@ -27,6 +28,8 @@ class Clip:
     frame_numbers: np.ndarray
     apex: int | None = None
     """Number of the annotated apex frame, where there is an annotation."""
+    times: np.ndarray | None = None
+    """Time of each frame in milliseconds `[T]`, where the frames are not evenly spaced as their numbers are."""
 
 
 class ClipStore:
@@ -43,11 +46,14 @@ class ClipStore:
         crops: identities of the crops that the folders were prepared with, sorted, each once.
 
     Raises:
-        UserError: a folder is missing, is no prepared dataset, has another image size or crop, or repeats a sample id.
+        UserError: a folder is missing, is no prepared dataset, is damaged, has another image size or crop, or repeats a
+            sample id.
     """
 
     def __init__(self, folders: Sequence[str | Path], size: int, crops: Sequence[str] = ()) -> None:
         self._folders = tuple(map(Path, folders))
+        for folder in self._folders:
+            check_dataset(folder)
         parts = [open_part(folder) for folder in self._folders]
         for folder, part in zip(self._folders, parts, strict=True):
             if (part[0]["height"], part[0]["width"]) != (size, size):
@@ -70,7 +76,7 @@ class ClipStore:
         for sample in self.samples:
             digest.update(f"{sample.sample_id} {sorted(sample.aus)}\n".encode())
         for folder in self._folders:
-            report = _report_of(folder)
+            report = read_report(folder)
             if report is not None:
                 digest.update(str(report.get("fingerprint")).encode())
         return digest.hexdigest()
@@ -95,13 +101,8 @@ class ClipStore:
         return self.samples[self._rows[sample_id]]
 
 
-def _report_of(folder: Path) -> dict[str, Any] | None:
-    report = folder / "report.json"
-    return json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
-
-
 def _crop_of(folder: Path, allowed: Sequence[str]) -> str:
-    crop = recorded_crop(_report_of(folder))
+    crop = recorded_crop(read_report(folder))
     if allowed and crop not in allowed:
         wanted = " or ".join(allowed)
         raise UserError(
@@ -135,8 +136,18 @@ def read_samples(folders: Sequence[str | Path]) -> tuple[SampleInfo, ...]:
 
 
 def clip_of_row(row: Mapping[str, Any]) -> Clip:
-    """Decode one row of a prepared dataset."""
+    """Decode one row of a prepared dataset.
+
+    Raises:
+        UserError: the row contradicts itself.
+    """
     shape = (row["num_frames"], row["height"], row["width"])
+    held = (len(row["frames"]), len(row["frame_numbers"]))
+    if held != (int(np.prod(shape)), shape[0]):
+        raise UserError(
+            f"{row['sample_id']}: holds {held[0]} bytes and {held[1]} frame numbers for frames {list(shape)}; the "
+            "dataset is damaged: prepare the corpus again"
+        )
     frames = np.frombuffer(row["frames"], dtype=np.uint8).reshape(shape)
     return Clip(row["sample_id"], frames, np.asarray(row["frame_numbers"], dtype=np.int64), row.get("apex"))
 
@@ -163,7 +174,8 @@ class ClipView:
 def sample_frames(clip: Clip, num_frames: int, cut: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
     """Sample `num_frames` frames uniformly in time over onset..offset.
 
-    Times are file frame numbers, so dropped frames leave no jump. A clip with fewer frames than asked is interpolated
+    Times are those of the frames, where a video has uneven ones, or else file frame numbers, so dropped frames leave no
+    jump. A clip with fewer frames than asked is interpolated
     linearly in time; otherwise the nearest stored frame is taken.
 
     Args:
@@ -174,7 +186,7 @@ def sample_frames(clip: Clip, num_frames: int, cut: tuple[float, float] = (0.0, 
     Returns:
         `[T, H, W]` float32 in 0..1.
     """
-    numbers = clip.frame_numbers
+    numbers = clip.frame_numbers if clip.times is None else clip.times
     first, last = float(numbers[0]), float(numbers[-1])
     duration = last - first
     times = np.linspace(first + cut[0] * duration, last - cut[1] * duration, num_frames)
@@ -204,6 +216,15 @@ def most_changed(clip: Clip) -> int:
     change -= change.mean(axis=(1, 2), keepdims=True)
     course = np.linalg.svd(change.reshape(len(kept), -1), full_matrices=False)[0][:, 0]
     return int(np.abs(course).argmax())
+
+
+def apex_index(clip: Clip) -> tuple[int, bool]:
+    """Return the index of the annotated apex frame and true, or that of the largest change and false.
+
+    The second is for clips whose annotation is missing or names a frame that is not stored (`most_changed`).
+    """
+    found: list[int] = [] if clip.apex is None else np.flatnonzero(clip.frame_numbers == clip.apex).tolist()
+    return (found[0], True) if len(found) else (most_changed(clip), False)
 
 
 def augment(clip: np.ndarray, rng: np.random.Generator, max_shift: int = 3) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Pictures to gray clips: decode, cut and resize with Pillow, the same transform for every frame of a clip.
+"""Turns pictures into gray clips: decodes, cuts and resizes with Pillow, alike for every frame of a clip.
 
 Every way into the model passes through `Cutter`: frame files of a corpus, of a folder, frames of a video, and arrays.
 """
@@ -11,16 +11,13 @@ import numpy as np
 from PIL import Image
 
 from aullm_dist.data.crops import Crop, NoRegion, Region
+from aullm_dist.data.decoding.pictures import UnreadableFrame, gray_of, read_picture, refuse_depth
 from aullm_dist.errors import UserError
 
 __all__ = ["Cutter", "UnreadableFrame", "load_clip"]
 
-_GRAY_READY = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+# What a crop of another package may raise over a damaged picture, which it decodes first.
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-
-
-class UnreadableFrame(UserError):
-    """A frame that is damaged, is no 8-bit image, or has another size than its clip."""
 
 
 class Cutter:
@@ -44,19 +41,16 @@ class Cutter:
             UnreadableFrame: the file is damaged, no 8-bit image, or of another size than the clip's first frame.
             NoRegion: it is the first frame, and the crop finds nothing in it.
         """
+        where = str(file)
+        picture = read_picture(file)
         if self._region is None:
-            with _opened(file) as image:
-                _refuse_depth(image, str(file))
-                self._fit(image, str(file))
-        with _opened(file) as image:
-            self._check_size(image, str(file))
-            _refuse_depth(image, str(file))
-            if image.format == "JPEG":
-                # Lets the JPEG decoder skip chroma and scale down by 2, 4 or 8 while at least twice the target remains.
-                region = self._region
-                width, height = region.right - region.left, region.bottom - region.top
-                image.draft("L", (math.ceil(2 * self.size / width), math.ceil(2 * self.size / height)))
-            return _cut(_decoded(image, str(file)), self._region, self.size)
+            self._fit(picture.upright(), where)
+        region = self._fitted
+        self._check_size(picture.size, where)
+        width, height = region.right - region.left, region.bottom - region.top
+        # At least twice the target remains.
+        at_least = (math.ceil(2 * self.size / width), math.ceil(2 * self.size / height))
+        return _cut(picture.gray(at_least), region, self.size)
 
     def cut_image(self, image: Image.Image, where: str) -> np.ndarray:
         """Return a decoded frame as `cut_file` does; `where` names it in messages.
@@ -64,11 +58,16 @@ class Cutter:
         Raises:
             UnreadableFrame, NoRegion: as `cut_file` does.
         """
-        _refuse_depth(image, where)
+        refuse_depth(image, where)
         if self._region is None:
             self._fit(image, where)
-        self._check_size(image, where)
-        return _cut(_decoded(image, where), self._region, self.size)
+        self._check_size(image.size, where)
+        return _cut(gray_of(image, where), self._fitted, self.size)
+
+    @property
+    def _fitted(self) -> Region:
+        assert self._region is not None, "fitted on the first frame"
+        return self._region
 
     def _fit(self, image: Image.Image, where: str) -> None:
         size = image.size
@@ -77,15 +76,16 @@ class Cutter:
         except UserError:
             raise
         except _DECODING_ERRORS as error:
-            raise _unreadable(where, error) from error
+            reason = " ".join(str(error).replace(where, "the file").split())
+            raise UnreadableFrame(f"{where}: cannot be read as an image ({reason})") from error
         edges = (region.left, region.top, region.right, region.bottom, region.angle)
         if not (all(map(math.isfinite, edges)) and region.left < region.right and region.top < region.bottom):
             raise NoRegion(f"crop {self.crop.identity} gave no region of a frame: {region}")
         self._region, self._frame_size = region, size
 
-    def _check_size(self, image: Image.Image, where: str) -> None:
-        if image.size != self._frame_size:
-            raise UnreadableFrame(f"{where}: {_by(image.size)} pixels in a clip of {_by(self._frame_size)}")
+    def _check_size(self, size: tuple[int, int], where: str) -> None:
+        if self._frame_size is not None and size != self._frame_size:
+            raise UnreadableFrame(f"{where}: {_by(size)} pixels in a clip of {_by(self._frame_size)}")
 
 
 def load_clip(files: Sequence[Path], *, size: int, crop: Crop, clip: str) -> tuple[np.ndarray, list[tuple[int, str]]]:
@@ -112,30 +112,6 @@ def load_clip(files: Sequence[Path], *, size: int, crop: Crop, clip: str) -> tup
             failures.append((position, str(error)))
     stack = np.stack(frames) if frames else np.zeros((0, size, size), np.uint8)
     return stack, failures
-
-
-def _opened(file: Path) -> Image.Image:
-    try:
-        return Image.open(file)
-    except _DECODING_ERRORS as error:
-        raise _unreadable(str(file), error) from error
-
-
-def _decoded(image: Image.Image, where: str) -> Image.Image:
-    try:
-        return image.convert("L")
-    except _DECODING_ERRORS as error:
-        raise _unreadable(where, error) from error
-
-
-def _unreadable(where: str, error: BaseException) -> UnreadableFrame:
-    reason = " ".join(str(error).replace(where, "the file").split())
-    return UnreadableFrame(f"{where}: cannot be read as an image ({reason})")
-
-
-def _refuse_depth(image: Image.Image, where: str) -> None:
-    if image.mode not in _GRAY_READY:
-        raise UnreadableFrame(f"{where}: pixel mode {image.mode}; allowed: 8-bit gray or colour")
 
 
 def _cut(image: Image.Image, region: Region, size: int) -> np.ndarray:

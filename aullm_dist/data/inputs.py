@@ -1,17 +1,21 @@
-"""What a prediction is asked about: prepared datasets, folders of frames and videos, in the order they were given."""
+"""Finds the inputs of a prediction, in the order given: prepared datasets, folders of frames, videos."""
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
 from aullm_dist.data.clips import Clip, ClipStore, ClipView
 from aullm_dist.data.crops import crop_for
 from aullm_dist.data.protocols import SampleInfo
-from aullm_dist.data.reading import is_dataset, read_clip
-from aullm_dist.errors import UserError
+from aullm_dist.data.reading import read_clip
+from aullm_dist.data.tables import is_dataset
+from aullm_dist.errors import UserError, file_errors
+from aullm_dist.files import user_path
+from aullm_dist.log import get_logger
 
 __all__ = ["InputClips"]
+
+logger = get_logger(__name__)
 
 
 class InputClips:
@@ -45,12 +49,13 @@ class InputClips:
         offset: int | None = None,
         only: Sequence[str] = (),
     ) -> None:
-        self._size, self._span = size, {"onset": onset, "offset": offset}
-        datasets = [name for name in inputs if is_dataset(Path(name).expanduser())]
-        loose = [name for name in inputs if name not in datasets]
+        self._size, self._onset, self._offset = size, onset, offset
+        datasets, loose = _sorted_out(inputs)
         _check_options(datasets, loose, crop, onset, offset)
         self._crop = crop_for(trained, crop) if loose else None
-        store = ClipStore([Path(name).expanduser() for name in datasets], size, trained) if datasets else None
+        if self._crop is not None and (unused := self._crop.unused(loose)):
+            logger.info("--crop %s: %d rows name none of the inputs, such as %s", crop, len(unused), unused[0])
+        store = ClipStore([user_path(name) for name in datasets], size, trained) if datasets else None
         samples = [*(store.samples if store else ()), *(SampleInfo(name, "", "", ()) for name in loose)]
         named = {sample.sample_id: sample for sample in samples}
         if len(named) != len(samples):
@@ -83,22 +88,24 @@ class InputClips:
             self.clip(index)
 
     def clip(self, index: int) -> Clip:
-        """Return clip `index`, read anew or from what was read before."""
+        """Return clip `index`, read again or from what was read before."""
         name = self.samples[index].sample_id
-        if name in self._rows:
+        if self._stored is not None and name in self._rows:
             return self._stored.clip(self._rows[name])
         if name not in self._read:
-            self._read[name] = read_clip(name, size=self._size, crop=self._crop, **self._span)
+            self._read[name] = self._read_loose(name, self._size)
         return self._read[name]
+
+    def _read_loose(self, name: str, size: int, only: Collection[int] | None = None) -> Clip:
+        assert self._crop is not None, "folders and videos are cut"
+        return read_clip(name, size=size, crop=self._crop, onset=self._onset, offset=self._offset, only=only)
 
     def pictures(self, index: int, numbers: Sequence[int], size: int) -> np.ndarray:
         """Return the frames of these numbers, `[n, S, S]` uint8: larger than the model's where they can be read so."""
         clip = self.clip(index)
         if clip.sample_id in self._rows:
             return clip.frames[np.searchsorted(clip.frame_numbers, numbers)]
-        larger = read_clip(
-            clip.sample_id, size=max(size, self._size), crop=self._crop, **self._span, only=frozenset(numbers)
-        )
+        larger = self._read_loose(clip.sample_id, max(size, self._size), frozenset(numbers))
         return larger.frames[np.searchsorted(larger.frame_numbers, numbers)]
 
     def labels(self, aus: Sequence[int]) -> np.ndarray:
@@ -106,12 +113,29 @@ class InputClips:
         return np.array([[float(au in sample.aus) for au in aus] for sample in self.samples], dtype=np.float32)
 
 
+def _sorted_out(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return which inputs are datasets, and which are folders of frames and videos.
+
+    Raises:
+        UserError: one of them is not there, or cannot be looked at.
+    """
+    datasets, loose = [], []
+    for name in inputs:
+        if not name:
+            raise UserError("an input is empty; give a folder of frames, a video file or a prepared dataset")
+        with file_errors(name):
+            if is_dataset(user_path(name)):
+                datasets.append(name)
+            elif user_path(name).exists():
+                loose.append(name)
+            else:
+                raise UserError(f"{name}: does not exist; give a folder of frames, a video file or a prepared dataset")
+    return datasets, loose
+
+
 def _check_options(
     datasets: Sequence[str], loose: Sequence[str], crop: str | None, onset: int | None, offset: int | None
 ) -> None:
-    for name in loose:
-        if not Path(name).expanduser().exists():
-            raise UserError(f"{name}: does not exist; give a folder of frames, a video file or a prepared dataset")
     if (onset is not None or offset is not None) and (datasets or len(loose) != 1):
         raise UserError("--onset and --offset belong to one folder of frames or one video; give that alone")
     if crop is not None and not loose:

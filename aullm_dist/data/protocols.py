@@ -1,4 +1,4 @@
-"""Evaluation protocols: which clips a fold trains on, holds out for thresholds, and is tested on.
+"""Splits clips by evaluation protocols: what a fold trains on, holds out for thresholds, and is tested on.
 
 Every choice here is a function of sample ids, subject names, clip counts and the seed. Labels are never read, so a test
 clip's labels cannot reach the training side of its fold. This module imports neither torch nor datasets.
@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from aullm_dist.data.corpora import corpus_names, find_corpus, get_corpus
 from aullm_dist.errors import UserError
-from aullm_dist.facs import AU_SETS
-from aullm_dist.files import write_text
+from aullm_dist.facs import CROSS_AUS
+from aullm_dist.files import read_json, write_text
 
 Protocol = Literal["loso", "grouped", "cross", "lodo", "composite", "all"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
-CORPORA: tuple[str, ...] = tuple(name for name in AU_SETS if name != "cross")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +67,14 @@ def au_vocabulary(corpora: Iterable[str], protocol: Protocol) -> tuple[int, ...]
         UserError: If a corpus or the protocol is unknown, or the corpora share no AU.
 
     Source:
-        MEB utils.dataset_aus (facs.AU_SETS), CD6ME's 12 for `lodo`; those 12 for `composite`, and the union for several
-        corpora in one fold of another protocol, are (ours).
+        The AU sets of the corpora (`CorpusSpec.aus`), CD6ME's 12 (`facs.CROSS_AUS`) for `lodo`; those 12 for
+        `composite`, and the union for several corpora in one fold of another protocol, are (ours).
     """
     names = sorted(set(corpora))
     _check_names(names, protocol)
     if protocol in ("lodo", "composite"):
-        return AU_SETS["cross"]
-    sets = [set(AU_SETS[name]) for name in names]
+        return CROSS_AUS
+    sets = [set(get_corpus(name).aus) for name in names]
     shared = set.intersection(*sets) if protocol == "cross" else set.union(*sets)
     if not shared:
         raise UserError(f"corpora {', '.join(names)} share no AU; protocol cross needs corpora with common AUs")
@@ -184,16 +184,14 @@ def read_folds(path: Path) -> FoldPlan:
     Raises:
         UserError: If the file is missing, is not such JSON, or its folds overlap.
     """
+    raw = read_json(path, "give the folds of a run, or of aullm-dist folds")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
         folds = tuple(
             Fold(int(f["index"]), str(f["name"]), tuple(f["train"]), tuple(f["inner"]), tuple(f["test"]))
             for f in raw["folds"]
         )
         plan = FoldPlan(raw["protocol"], tuple(raw["corpora"]), tuple(raw["aus"]), int(raw["seed"]), folds)
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; train.py writes it at the start of a run") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path}: not a fold plan of train.py ({type(error).__name__}: {error})") from None
     names = [name for fold in folds for name in (*fold.train, *fold.inner, *fold.test)]
     lists = [raw["corpora"], raw["aus"], *(f[side] for f in raw["folds"] for side in ("train", "inner", "test"))]
@@ -219,8 +217,8 @@ def _check_names(corpora: Sequence[str], protocol: str) -> None:
     if not corpora:
         raise UserError("no corpus given; a protocol needs at least one prepared dataset with clips")
     for name in corpora:
-        if name not in CORPORA:
-            raise UserError(f"corpus {name!r} is unknown; allowed are {', '.join(CORPORA)}")
+        if find_corpus(name) is None:
+            raise UserError(f"corpus {name!r} is unknown; allowed are {', '.join(corpus_names())}")
 
 
 def _check_samples(samples: Sequence[SampleInfo], protocol: str) -> None:

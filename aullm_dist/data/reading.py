@@ -1,34 +1,41 @@
-"""Clips that nobody prepared: folders of frames, video files and arrays, cut by the code that prepares corpora.
+"""Reads clips that were not prepared (folders of frames, videos, arrays), cut by the code that prepares corpora.
 
 Frames of a folder are called by the number in their names, as in the corpora; frames of a video and of an array count
-from 0. Videos are decoded by OpenCV's FFmpeg, one frame in memory at a time.
+from 0. What is found on the way and does not stop the reading (frames missing between others, pictures that are no
+frames, times that are not even) is logged in a line.
 """
 
-import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from aullm_dist.data.clips import Clip
-from aullm_dist.data.corpora.layout import list_frames
 from aullm_dist.data.crops import Crop, NoRegion
+from aullm_dist.data.decoding.videos import read_video, uneven_times
 from aullm_dist.data.frames import Cutter
-from aullm_dist.data.shards import MIN_FRAMES
-from aullm_dist.data.tables import parquet_files
-from aullm_dist.errors import UserError
+from aullm_dist.data.listing import FRAME_SUFFIXES, FrameFolder, gaps, list_folder, ranges
+from aullm_dist.data.preparation.shards import MIN_FRAMES
+from aullm_dist.errors import UserError, file_errors
+from aullm_dist.files import user_path
 from aullm_dist.log import get_logger
 
-__all__ = ["clip_of_arrays", "is_dataset", "read_clip"]
+__all__ = ["clip_of_arrays", "read_clip"]
 
 logger = get_logger(__name__)
 
+_FEW = 4
+"""Frames up to which a folder says nothing about how its numbers continue."""
 
-def is_dataset(path: Path) -> bool:
-    """Whether a folder is a dataset that `aullm-dist prepare` wrote."""
-    return (path / "dataset_info.json").is_file() or bool(parquet_files(path))
+
+class _Cut(NamedTuple):
+    """A frame that was cut: its number, its pixels, and its time in milliseconds, of a video alone."""
+
+    number: int
+    pixels: np.ndarray
+    milliseconds: float | None = None
 
 
 def read_clip(
@@ -56,12 +63,13 @@ def read_clip(
     """
     if onset is not None and offset is not None and onset >= offset:
         raise UserError(f"{path}: onset {onset}, offset {offset}; allowed: an onset before the offset")
-    name, path = str(path), Path(path).expanduser()
-    if not path.exists():
-        raise UserError(f"{name}: does not exist; give a folder of frames, a video file or a prepared dataset")
+    name, path = str(path), user_path(path)
     cutter = Cutter(size, crop, name)
-    read = _of_folder(path, cutter, onset, offset) if path.is_dir() else _of_video(path, cutter, onset, offset)
-    return _clip(name, read, onset, offset, only)
+    with file_errors(name):
+        if not path.exists():
+            raise UserError(f"{name}: does not exist; give a folder of frames, a video file or a prepared dataset")
+        read = _of_folder(path, cutter, onset, offset) if path.is_dir() else _of_video(path, cutter, onset, offset)
+        return _clip(name, read, onset, offset, only)
 
 
 def clip_of_arrays(
@@ -90,26 +98,29 @@ def clip_of_arrays(
         raise UserError(f"{name}: onset {onset}, offset {offset}; allowed: an onset before the offset")
     cutter = Cutter(size, crop, name)
 
-    def read() -> Iterator[tuple[int, np.ndarray]]:
+    def read() -> Iterator[_Cut]:
         last = len(stack) - 1
         _check_span(name, onset, offset, 0, last)
         for number in range(onset or 0, (last if offset is None else offset) + 1):
-            yield number, cutter.cut_image(Image.fromarray(_as_bytes(stack[number], name)), f"{name}[{number}]")
+            yield _Cut(number, cutter.cut_image(Image.fromarray(_as_bytes(stack[number], name)), f"{name}[{number}]"))
 
     return _clip(name, read(), onset, offset, None)
 
 
 def _clip(
     name: str,
-    read: Iterator[tuple[int, np.ndarray]],
+    read: Iterator[_Cut],
     onset: int | None,
     offset: int | None,
     only: Collection[int] | None,
 ) -> Clip:
-    numbers, frames, count = [], [], 0
+    numbers, frames, times = [], [], []
+    count = 0
     try:
-        for number, frame in read:
+        for number, frame, milliseconds in read:
             count += 1
+            if milliseconds is not None:
+                times.append(milliseconds)
             if only is None or number in only:
                 numbers.append(number)
                 frames.append(frame)
@@ -118,55 +129,70 @@ def _clip(
     if count < MIN_FRAMES:
         span = "" if onset is None and offset is None else " from onset to offset"
         raise UserError(f"{name}: {count} frame{'s' * (count != 1)}{span}; allowed: {MIN_FRAMES} or more")
-    return Clip(name, np.stack(frames), np.array(numbers, dtype=np.int64))
+    uneven = uneven_times(name, np.array(times)) if only is None else None
+    return Clip(name, np.stack(frames), np.array(numbers, dtype=np.int64), times=uneven)
 
 
-def _of_folder(folder: Path, cutter: Cutter, onset: int | None, offset: int | None) -> Iterator[tuple[int, np.ndarray]]:
-    files = list_frames(folder)
-    if not files:
-        inside = next((path for path in sorted(folder.iterdir()) if path.is_dir() and list_frames(path)), None)
-        hint = f"; its folder {inside.name} has some: give the folders of clips" if inside else ""
-        raise UserError(f"{folder}: no frames in it; allowed: numbered .jpg, .jpeg, .png or .bmp files{hint}")
-    numbers = list(files)
+def _of_folder(folder: Path, cutter: Cutter, onset: int | None, offset: int | None) -> Iterator[_Cut]:
+    listed = list_folder(folder)
+    if not listed.frames:
+        raise _no_frames(listed)
+    numbers = list(listed.frames)
     _check_span(str(folder), onset, offset, numbers[0], numbers[-1])
-    for number, file in files.items():
-        if (onset is None or onset <= number) and (offset is None or number <= offset):
-            yield number, cutter.cut_file(file)
+    within = [
+        number for number in numbers if (onset is None or onset <= number) and (offset is None or number <= offset)
+    ]
+    _tell_of_gaps(folder, within, chosen=onset is not None and offset is not None)
+    if left := listed.left_out():
+        logger.warning("%s: %s", folder, left)
+    for number in within:
+        yield _Cut(number, cutter.cut_file(listed.frames[number]))
 
 
-def _of_video(file: Path, cutter: Cutter, onset: int | None, offset: int | None) -> Iterator[tuple[int, np.ndarray]]:
-    (video, told), number = _opened(file), -1
-    try:
-        while offset is None or number < offset:
-            found, pixels = video.read()
-            if not found:
-                break
-            number += 1
-            if onset is None or onset <= number:
-                image = Image.fromarray(np.ascontiguousarray(pixels[..., ::-1]))
-                yield number, cutter.cut_image(image, f"{file} frame {number}")
-    finally:
-        video.release()
-    if number < 0:
-        raise UserError(f"{file}: cannot be read as a video; give one that FFmpeg decodes, or a folder of its frames")
+def _no_frames(listed: FrameFolder) -> UserError:
+    folder = listed.folder
+    found = listed.instead()
+    inside = next((path for path in sorted(folder.iterdir()) if path.is_dir() and list_folder(path).frames), None)
+    hint = f"; {found}" if found else ""
+    if inside:
+        hint = f"; its folder {inside.name} has some: give the folders of clips"
+    return UserError(f"{folder}: no frames in it; allowed: numbered {', '.join(FRAME_SUFFIXES)} files{hint}")
+
+
+def _tell_of_gaps(folder: Path, numbers: Sequence[int], *, chosen: bool) -> None:
+    """Log which numbers are missing between others; a folder that may every so many frames says so by all its steps.
+
+    Raises:
+        UserError: One step is longer than all others together: a picture that is no frame of the clip, at its end or at
+            its begin; not where onset and offset were `chosen`.
+    """
+    if len(numbers) <= 2:
+        return
+    steps = [after - before for before, after in zip(numbers, numbers[1:], strict=False)]
+    usual = sorted(steps)[(len(steps) - 1) // 2]
+    longest = max(steps)
+    if not chosen and len(numbers) > _FEW and longest > usual and 2 * longest > numbers[-1] - numbers[0]:
+        at = steps.index(longest)
+        raise UserError(
+            f"{folder}: no frame between {numbers[at]} and {numbers[at + 1]}, which is most of the clip; move away "
+            f"what is no frame of it, or give --onset and --offset"
+        )
+    if longest > usual:
+        missing = gaps(numbers, numbers[0], numbers[-1])
+        if usual > 1:
+            missing = [(a + 1, b - 1) for a, b in zip(numbers, numbers[1:], strict=False) if b - a > usual]
+        logger.warning(
+            "%s: frames %s are missing between %d and %d; the time that they took is kept", folder, ranges(missing),
+            numbers[0], numbers[-1],
+        )  # fmt: skip
+
+
+def _of_video(file: Path, cutter: Cutter, onset: int | None, offset: int | None) -> Iterator[_Cut]:
+    number = -1
+    for number, milliseconds, image in read_video(file, offset):
+        if onset is None or onset <= number:
+            yield _Cut(number, cutter.cut_image(image, f"{file} frame {number}"), milliseconds)
     _check_span(str(file), onset, offset, 0, number)
-    if offset is None and number + 1 < told:
-        logger.warning("%s: announces %d frames, but %d could be read", file, told, number + 1)
-
-
-def _opened(file: Path) -> tuple[Any, int]:
-    """Return OpenCV's reader of a video and how many frames the file says it has; what cannot be read has none."""
-    # FFmpeg would write lines of its own about a damaged file; it looks at this when it is used first.
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    import cv2
-
-    level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
-    try:
-        video = cv2.VideoCapture(str(file), cv2.CAP_FFMPEG)
-    finally:
-        cv2.utils.logging.setLogLevel(level)
-    return video, int(video.get(cv2.CAP_PROP_FRAME_COUNT)) if video.isOpened() else 0
 
 
 def _check_span(name: str, onset: int | None, offset: int | None, first: int, last: int) -> None:

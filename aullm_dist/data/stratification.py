@@ -1,4 +1,4 @@
-"""How positives spread over folds and sides: a report for readers, which nothing that is trained ever sees.
+"""Reports how positives spread over folds and sides, for readers; nothing that is trained ever sees it.
 
 Folds are made without labels (`protocols`), so AUs may be missing from a side by chance; this says where.
 """

@@ -1,4 +1,4 @@
-"""Prepared clips on disk as rows, whether they lie in Arrow or in Parquet files; nothing is held but an index.
+"""Reads prepared clips on disk as rows, from Arrow or Parquet files; only an index is held in memory.
 
 Arrow files (`datasets.save_to_disk`) are mapped into memory. Parquet files hold one clip per row group, so that a clip
 is read alone, and can be streamed in order from anywhere that `datasets` reads.
@@ -7,20 +7,27 @@ is read alone, and can be streamed in order from anywhere that `datasets` reads.
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from aullm_dist.errors import UserError
+from aullm_dist.data.records import INFO_NAME, check_arrow_records
+from aullm_dist.errors import UserError, file_errors
+from aullm_dist.files import is_taken
 
-__all__ = ["ClipTable", "open_part", "parquet_files", "read_rows", "write_arrow", "write_parquet"]
+__all__ = ["ClipTable", "is_dataset", "open_part", "parquet_files", "read_rows", "write_arrow", "write_parquet"]
 
 _COLUMNS = set("sample_id corpus subject aus num_frames height width frame_numbers frames".split())
 _INFO = ["sample_id", "subject", "corpus", "aus", "height", "width"]
 # Files enough to divide among the processes of a large run, few enough to list.
 CLIPS_PER_FILE = 64
 _ARROW_FILE_BYTES = 500_000_000
+
+
+_DAMAGED = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError)
 
 
 class _Part(Protocol):
@@ -37,21 +44,53 @@ class _Part(Protocol):
         ...
 
 
+@contextmanager
+def _damage_told(where: str) -> Iterator[None]:
+    """Turn what Arrow, Parquet and `datasets` raise over damaged files into a line.
+
+    Raises:
+        UserError: In place of theirs.
+    """
+    import pyarrow
+
+    try:
+        yield
+    except UserError:
+        raise
+    except _DAMAGED as error:
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if "Feature type" in first_line:
+            raise UserError(
+                f"{where}: holds what datasets {version('datasets')} does not know ({first_line:.80}); it was written "
+                "by a newer one: update datasets, or prepare the corpus again here"
+            ) from error
+        raise UserError(f"{where}: damaged ({first_line}); prepare the corpus again") from error
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{where}: damaged ({str(error).splitlines()[0]}); prepare the corpus again") from error
+
+
 class _ArrowPart:
     def __init__(self, folder: Path) -> None:
         import datasets
 
+        self._folder = folder
+        check_arrow_records(folder)
         self._dataset = datasets.load_from_disk(str(folder))
+        # The files are mapped into memory: places that lead out of them would end the process.
+        self._dataset.data.table.validate(full=True)
         self.column_names = self._dataset.column_names
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return self._dataset[row]
+        with _damage_told(str(self._folder)):
+            return self._dataset[row]
 
     def info(self) -> Iterator[dict[str, Any]]:
-        yield from self._dataset.select_columns(_INFO)
+        with _damage_told(str(self._folder)):
+            rows = list(self._dataset.select_columns(_INFO))
+        yield from rows
 
 
 class _ParquetPart:
@@ -73,7 +112,8 @@ class _ParquetPart:
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._file(number).read_row_group(row - int(self._starts[number])).to_pylist()[0]
+        with _damage_told(str(self._files[number])):
+            return self._file(number).read_row_group(row - int(self._starts[number])).to_pylist()[0]
 
     def _file(self, number: int) -> Any:
         import pyarrow.parquet as pq
@@ -87,7 +127,19 @@ class _ParquetPart:
         import pyarrow.parquet as pq
 
         for file in self._files:
-            yield from pq.read_table(file, columns=_INFO).to_pylist()
+            with _damage_told(str(file)):
+                rows = pq.read_table(file, columns=_INFO).to_pylist()
+            yield from rows
+
+
+def is_dataset(folder: Path) -> bool:
+    """Whether a folder is a dataset that `aullm-dist prepare` wrote.
+
+    Raises:
+        UserError: It cannot be looked at.
+    """
+    with file_errors(str(folder)):
+        return (folder.is_dir() and is_taken(folder / INFO_NAME)) or bool(parquet_files(folder))
 
 
 def parquet_files(folder: Path) -> list[Path]:
@@ -100,11 +152,16 @@ def read_rows(files: Sequence[str], names: frozenset[str]) -> Iterator[dict[str,
     import pyarrow.parquet as pq
 
     for file in files:
-        with pq.ParquetFile(file) as opened:
-            listed = opened.read(columns=["sample_id"]).column(0).to_pylist()
+        with _damage_told(file):
+            opened = pq.ParquetFile(file)
+        with opened:
+            with _damage_told(file):
+                listed = opened.read(columns=["sample_id"]).column(0).to_pylist()
             for group, name in enumerate(listed):
                 if name in names:
-                    yield opened.read_row_group(group).to_pylist()[0]
+                    with _damage_told(file):
+                        row = opened.read_row_group(group).to_pylist()[0]
+                    yield row
 
 
 def open_part(folder: Path) -> _Part:
@@ -113,16 +170,14 @@ def open_part(folder: Path) -> _Part:
     Raises:
         UserError: it is missing, damaged, empty, or lacks a column.
     """
-    import pyarrow
-
-    in_parquet = bool(parquet_files(folder))
-    if not in_parquet and not (folder / "dataset_info.json").is_file():
-        raise UserError(f"{folder}: no prepared dataset; write one with aullm-dist prepare CORPUS --out DIR")
     try:
-        part: _Part = _ParquetPart(folder) if in_parquet else _ArrowPart(folder)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}: damaged ({first_line}); prepare the corpus again") from error
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{folder}: the name is no UTF-8, and cannot be opened as a dataset; rename it") from error
+    if not is_dataset(folder):
+        raise UserError(f"{folder}: no prepared dataset; write one with aullm-dist prepare CORPUS --out DIR")
+    with _damage_told(str(folder)):
+        part: _Part = _ParquetPart(folder) if parquet_files(folder) else _ArrowPart(folder)
     missing = _COLUMNS - set(part.column_names)
     if missing:
         raise UserError(f"{folder}: column {sorted(missing)[0]!r} is missing; prepare the corpus again")
@@ -195,7 +250,7 @@ def write_arrow(shards: Iterable[Path], folder: Path, fingerprint: str) -> None:
     for file, name in zip(files, names, strict=True):
         file.rename(folder / name)
     datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(batch.schema)).write_to_directory(str(folder))
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": fingerprint[:16],
         "_format_columns": None,

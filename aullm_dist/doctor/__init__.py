@@ -1,1 +1,1 @@
-"""`aullm-dist doctor`: what would stop a run, on this machine and between the machines of a job, within seconds."""
+"""Checks within seconds what would stop a run, on this machine and between the machines of a job."""

@@ -1,4 +1,4 @@
-"""What one machine can say of itself; every check is bounded in time."""
+"""Checks one machine; every check is bounded in time."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from aullm_dist.slurm import node_of
+from aullm_dist.runtime.slurm import node_of
 
 Level = Literal["ok", "note", "FAIL"]
 FREE_GIB = 5.0
@@ -35,6 +35,17 @@ with contextlib.redirect_stdout(io.StringIO()):
         built.append(name)
 print("built " + ", ".join(built) if built else "imports; the engines need none of its compiled operations")
 """
+_LLM = """
+import os, sys
+from aullm_dist.errors import UserError
+from aullm_dist.planning.packed_share import describe_share
+try:
+    print(describe_share(os.environ["AULLM_DOCTOR_LLM"]))
+except UserError as error:
+    sys.exit(str(error))
+"""
+LLM_SECONDS = 180.0
+"""It imports torch and the library of models, which shared disks and busy machines make slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +62,7 @@ def this_node() -> str:
     return node_of(os.environ) or socket.gethostname()
 
 
-def local_checks(folder: Path, timeout: float, *, libraries: bool, prebuild: str) -> list[Finding]:
+def local_checks(folder: Path, timeout: float, *, libraries: bool, prebuild: str, llm: str = "") -> list[Finding]:
     """Run the checks of this machine.
 
     Args:
@@ -59,12 +70,15 @@ def local_checks(folder: Path, timeout: float, *, libraries: bool, prebuild: str
         timeout: seconds for each check that starts a program.
         libraries: whether to try bitsandbytes and DeepSpeed, which takes some seconds each.
         prebuild: names of DeepSpeed operations to compile, separated by commas.
+        llm: folder or name of an LLM; empty for none.
     """
     findings = [_gpus(timeout), _memory(), _disk(folder), *_interfaces(), _stale_lock()]
     if libraries:
         findings.append(_program("bitsandbytes", _BITSANDBYTES, timeout))
         # A compiler needs minutes, and was asked for.
         findings.append(_program("deepspeed", _DEEPSPEED, 600.0 if prebuild else timeout, AULLM_PREBUILD=prebuild))
+    if llm:
+        findings.append(_program("llm", _LLM, max(timeout, LLM_SECONDS), AULLM_DOCTOR_LLM=llm))
     return findings
 
 
@@ -88,6 +102,8 @@ def _memory() -> Finding:
 
 def _disk(folder: Path) -> Finding:
     try:
+        if not folder.is_dir() and folder.exists():
+            return Finding("disk", "FAIL", f"{folder}: is no folder")
         free = shutil.disk_usage(folder).free / 2**30
     except OSError as error:
         return Finding("disk", "FAIL", f"{folder}: {error.strerror}")

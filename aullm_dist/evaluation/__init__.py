@@ -1,1 +1,1 @@
-"""Scores of held-out subjects: metrics, floors, thresholds, confidence intervals and their tables."""
+"""Scores held-out subjects: metrics, floors, thresholds, confidence intervals and their tables."""

@@ -1,15 +1,15 @@
-"""Confidence intervals by resampling subjects, the unit that is independent; clips of one face are not.
+"""Computes confidence intervals by resampling subjects, which are independent; clips of one face are not.
 
 Shapes: n clips, A action units, U subjects, R resamples.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from aullm_dist.evaluation.metrics import f1_from_counts
 from aullm_dist.evaluation.ranking import weighted_ap, within_subject_pairs
+from aullm_dist.evaluation.scores import Intervals
 
 PERCENTILES = (2.5, 97.5)
 
@@ -75,7 +75,8 @@ def resample(
     truth = labels != 0
     cells = np.stack([truth & predicted, ~truth & predicted, truth & ~predicted, ~truth & ~predicted]).astype(float)
     per_subject = np.zeros((4, len(names), labels.shape[1]))
-    np.add.at(per_subject, (slice(None), member), cells)
+    for cell, counts in zip(cells, per_subject, strict=True):
+        np.add.at(counts, member, cell)
     binary, macro = f1_from_counts(np.einsum("ru,cua->cra", weights.astype(float), per_subject))
     clip_weights = weights[:, member]
     columns = range(labels.shape[1])
@@ -107,7 +108,7 @@ def subject_bootstrap(
     *,
     resamples: int,
     seed: int,
-) -> dict[str, Any] | None:
+) -> Intervals | None:
     """Return 95% percentile intervals over subjects, or None with fewer than 2 subjects or no resamples.
 
     Args: as `resample` has them, and `aus`, the A AU numbers.

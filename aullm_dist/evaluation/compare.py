@@ -1,4 +1,4 @@
-"""Runs beside each other: two of them clip by clip, or several seeds of one.
+"""Compares runs: two of them clip by clip, or several seeds of one.
 
 Two runs are compared on the same clips and the same resamples of the subjects, so that what both find hard cancels out
 of the difference. Shapes: n clips, A action units, R resamples.
@@ -13,11 +13,13 @@ import numpy as np
 from aullm_dist.errors import UserError
 from aullm_dist.evaluation.blocks import Block, percent
 from aullm_dist.evaluation.bootstrap import interval, mean_defined, resample
+from aullm_dist.evaluation.caveats import caveat_notes, caveats, marked
 from aullm_dist.evaluation.evaluate import evaluate_run, read_run
 from aullm_dist.evaluation.metrics import HEADLINE_THRESHOLD, logit_of, mean_of, summarise
 from aullm_dist.evaluation.ranking import ranking
+from aullm_dist.evaluation.scores import Metric, MetricScores
 from aullm_dist.facs import au_name
-from aullm_dist.training.predictions import Pooled
+from aullm_dist.runs.predictions import Pooled
 
 __all__ = [
     "check_same_clips",
@@ -71,8 +73,11 @@ def compare_runs(first: Path | str, second: Path | str, *, bootstrap: int = 1000
         "num_subjects": len(set(one.subjects)),
         "resamples": bootstrap if samples[0] else 0,
         "seed": seed,
+        "caveats": caveats([first, second]),
     }
-    differences = {name: samples[1][name] - samples[0][name] for name in SCORES} if samples[0] else None
+    differences = None
+    if samples[0] is not None and samples[1] is not None:
+        differences = {name: samples[1][name] - samples[0][name] for name in SCORES}
 
     def entry(key: str, name: str, column: int | None) -> dict[str, Any]:
         a, b = (part[key][name] for part in scores)
@@ -80,8 +85,9 @@ def compare_runs(first: Path | str, second: Path | str, *, bootstrap: int = 1000
         if differences is not None:
             values = differences[name]
             spread = interval(mean_defined(values) if column is None else values[:, column])
-        known = a is not None and b is not None
-        return {"first": a, "second": b, "difference": b - a if known else None, "ci": spread if known else None}
+        if a is None or b is None:
+            return {"first": a, "second": b, "difference": None, "ci": None}
+        return {"first": a, "second": b, "difference": b - a, "ci": spread}
 
     keys = [f"AU{au}" for au in plan.aus]
     result["per_au"] = {key: {name: entry(key, name, c) for name in SCORES} for c, key in enumerate(keys)}
@@ -124,10 +130,15 @@ def compare_blocks(result: dict[str, Any]) -> list[Block]:
         f"{result['seed']}. Threshold 0.5. An interval that holds 0 shows no difference. It holds both trained "
         "models fixed: train several seeds before calling one better."
     )
-    return [
+    blocks = [
         Block(title, *_difference_rows(result, SCORES[:2]), notes=()),
-        Block(("The same without a threshold",), *_difference_rows(result, SCORES[2:]), notes=(note,)),
+        Block(
+            ("The same without a threshold",),
+            *_difference_rows(result, SCORES[2:]),
+            notes=(note, *caveat_notes(result["caveats"])),
+        ),
     ]
+    return marked(blocks, result["caveats"])
 
 
 def _difference_rows(
@@ -167,8 +178,10 @@ def seed_summary(runs: Sequence[Path | str]) -> dict[str, Any]:
         if clips is not None:
             check_same_clips(runs[0], clips, run, rows)
         clips = clips or rows
-    names = ("f1_binary", "f1_macro", "auc")
-    parts = {key: [item["per_au"][key] for item in metrics] for key in metrics[0]["per_au"]}
+    names: tuple[Metric, ...] = ("f1_binary", "f1_macro", "auc")
+    parts: dict[str, list[MetricScores]] = {
+        key: [*(item["per_au"][key] for item in metrics)] for key in metrics[0]["per_au"]
+    }
     parts["mean"] = [item["mean"] for item in metrics]
 
     def spread(values: list[float | None]) -> dict[str, float | None]:
@@ -182,6 +195,7 @@ def seed_summary(runs: Sequence[Path | str]) -> dict[str, Any]:
         "runs": [str(run) for run in runs],
         "aus": metrics[0]["aus"],
         "num_clips": metrics[0]["num_clips"],
+        "caveats": caveats(runs),
         "mean": scores.pop("mean"),
         "per_au": scores,
     }
@@ -195,11 +209,15 @@ def seed_blocks(result: dict[str, Any]) -> list[Block]:
 
     rows = [(au_name(au), *cells(result["per_au"][f"AU{au}"])) for au in result["aus"]]
     rows.append((f"mean of {len(rows)} AUs", *cells(result["mean"])))
-    return [
+    blocks = [
         Block(
             title=(f"Mean and standard deviation over {len(result['runs'])} runs, {result['num_clips']} clips each",),
             header=("AU", "f1_binary", "sd", "f1_macro", "sd", "auc", "sd"),
             rows=tuple(rows),
-            notes=("Each run is pooled and scored on its own first, threshold 0.5; sd with n - 1.",),
+            notes=(
+                "Each run is pooled and scored on its own first, threshold 0.5; sd with n - 1.",
+                *caveat_notes(result["caveats"]),
+            ),
         )
     ]
+    return marked(blocks, result["caveats"])

@@ -1,28 +1,31 @@
-"""From a run folder to its metrics: read every fold's predictions, check, pool and score them, write the tables."""
+"""Evaluates a run folder: reads every fold's predictions, checks, pools and scores them, writes the tables."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from aullm_dist.config import TrainingConfig, load
+from aullm_dist.config import TrainingConfig, load_recorded
+from aullm_dist.data.corpora import find_corpus
+from aullm_dist.data.order import total_steps
 from aullm_dist.data.protocols import Fold, FoldPlan, read_folds
 from aullm_dist.errors import UserError
 from aullm_dist.evaluation.bootstrap import subject_bootstrap
+from aullm_dist.evaluation.caveats import caveats
+from aullm_dist.evaluation.ladder import earlier_answers, score_ladder
 from aullm_dist.evaluation.leaky import leaky_variants
 from aullm_dist.evaluation.metrics import HEADLINE_THRESHOLD, logit_of, probability_of, summarise
 from aullm_dist.evaluation.ranking import ranking
+from aullm_dist.evaluation.scores import CorpusScores, InnerScores, Metrics, Scored
 from aullm_dist.evaluation.tables import render
 from aullm_dist.evaluation.thresholds import choose_thresholds
-from aullm_dist.facs import AU_SETS
 from aullm_dist.files import write_text
-from aullm_dist.training.order import total_steps
-from aullm_dist.training.predictions import (
+from aullm_dist.runs.paths import RunPaths, fold_name
+from aullm_dist.runs.predictions import (
     Pooled,
-    Prediction,
     PredictionFile,
+    StoredPrediction,
     find_predictions,
     pool,
     read_predictions,
@@ -33,7 +36,7 @@ THRESHOLD_POLICY = "per fold and AU, highest f1_macro on the fold's own inner he
 
 def evaluate_run(
     run_dir: Path | str, *, epoch: int | None = None, bootstrap: int = 1000, seed: int = 0, leaky: bool = False
-) -> dict[str, Any]:
+) -> Metrics:
     """Score the pooled test predictions of a run and write `metrics.json`, `table.md` and `table.csv` into its folder.
 
     Args: as `score_run` has them. The files of an `epoch` bear its number in their names, so that they never replace
@@ -47,19 +50,19 @@ def evaluate_run(
     """
     run_dir = Path(run_dir)
     metrics = score_run(run_dir, epoch=epoch, bootstrap=bootstrap, seed=seed, leaky=leaky)
-    suffix = "" if epoch is None else f"-epoch-{epoch:04d}"
-    outputs = {f"table{suffix}.md": "markdown", f"table{suffix}.csv": "csv", f"metrics{suffix}.json": "json"}
-    for name, fmt in outputs.items():
+    run = RunPaths(run_dir)
+    outputs = {run.table("md", epoch): "markdown", run.table("csv", epoch): "csv", run.metrics(epoch): "json"}
+    for path, fmt in outputs.items():
         try:
-            write_text(run_dir / name, render(metrics, fmt))
+            write_text(path, render(metrics, fmt))
         except OSError as error:
-            raise UserError(f"{run_dir / name}: cannot be written ({error.strerror})") from None
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     return metrics
 
 
 def score_run(
     run_dir: Path, *, epoch: int | None = None, bootstrap: int = 1000, seed: int = 0, leaky: bool = False
-) -> dict[str, Any]:
+) -> Metrics:
     """Score the pooled test predictions of a run; nothing is written.
 
     Args:
@@ -81,17 +84,20 @@ def score_run(
     plan, files, pooled = read_run(run_dir, epoch)
     aus = plan.aus
     predicted = pooled.logits > logit_of(HEADLINE_THRESHOLD)
+    # What is stored of the earlier stages is of the last evaluation.
+    earlier = earlier_answers(run_dir, files, pooled) if epoch is None else {}
     return {
         "unit": "fraction",
         "threshold": HEADLINE_THRESHOLD,
         "threshold_policy": "fixed 0.5 on sigmoid(logit)",
         "aus": list(aus),
-        **_describe(plan, files, pooled, epoch, run_dir / "config.yaml"),
+        **_describe(plan, files, pooled, epoch, RunPaths(run_dir)),
         **summarise((pooled.labels, pooled.logits), aus),
         "ci": subject_bootstrap(
             pooled.labels, pooled.logits, predicted, pooled.subjects, aus, resamples=bootstrap, seed=seed
         ),
         "ranking": ranking(pooled.labels, pooled.logits, pooled.subjects, aus),
+        "ladder": score_ladder(earlier, pooled, aus, bootstrap=bootstrap, seed=seed),
         "inner_thresholds": _score_inner(files, pooled, aus, bootstrap, seed),
         "per_corpus": _score_corpora(pooled, aus),
         "leaky": leaky_variants(run_dir, aus, sorted(files)) if leaky else None,
@@ -105,7 +111,7 @@ def read_run(run_dir: Path, epoch: int | None = None) -> tuple[FoldPlan, dict[in
         UserError: If predictions are missing, malformed, overlapping or not those of `folds.json`.
     """
     paths = find_predictions(run_dir, epoch)
-    plan = read_folds(run_dir / "folds.json")
+    plan = read_folds(RunPaths(run_dir).folds_file)
     files = {index: read_predictions(path) for index, path in paths.items()}
     _check_files(files, plan)
     tests = [row for file in files.values() for row in file.rows if row.role == "test"]
@@ -144,14 +150,14 @@ def write_thresholds(run_dir: Path | str) -> dict[int, Path]:
             "epoch": files[index].epoch,
             "thresholds": {f"AU{au}": value for au, value in zip(files[index].aus, probabilities, strict=True)},
         }
-        written[index] = run_dir / f"fold-{index:02d}" / "thresholds.json"
+        written[index] = RunPaths(run_dir).fold(index).thresholds
         write_text(written[index], json.dumps(content, indent=1) + "\n")
     return written
 
 
 def _score_inner(
     files: Mapping[int, PredictionFile], pooled: Pooled, aus: Sequence[int], bootstrap: int, seed: int
-) -> dict[str, Any] | None:
+) -> InnerScores | None:
     chosen = inner_thresholds(files)
     if not chosen:
         return None
@@ -165,7 +171,9 @@ def _score_inner(
         "mean": scores["mean"],
         "per_au": {
             key: {
-                **{name: scores["per_au"][key][name] for name in ("f1_binary", "f1_macro", "auc")},
+                "f1_binary": scores["per_au"][key]["f1_binary"],
+                "f1_macro": scores["per_au"][key]["f1_macro"],
+                "auc": scores["per_au"][key]["auc"],
                 "threshold_low": min(values[column] for values in as_probability.values()),
                 "threshold_high": max(values[column] for values in as_probability.values()),
             }
@@ -174,20 +182,22 @@ def _score_inner(
         "ci": subject_bootstrap(
             pooled.labels, pooled.logits, predicted, pooled.subjects, aus, resamples=bootstrap, seed=seed
         ),
-        "folds": {f"fold-{i:02d}": dict(zip(keys, v, strict=True)) for i, v in as_probability.items()},
-        "folds_without_inner": [f"fold-{index:02d}" for index in sorted(files) if index not in chosen],
+        "folds": {fold_name(i): dict(zip(keys, v, strict=True)) for i, v in as_probability.items()},
+        "folds_without_inner": [fold_name(index) for index in sorted(files) if index not in chosen],
     }
 
 
-def _score_corpora(pooled: Pooled, aus: Sequence[int]) -> dict[str, Any] | None:
+def _score_corpora(pooled: Pooled, aus: Sequence[int]) -> dict[str, CorpusScores] | None:
     """Score each tested corpus on the AUs of its own set that are under test; None with one corpus."""
     names = sorted(set(pooled.corpora))
     if len(names) < 2:
         return None
-    scores = {}
+    scores: dict[str, CorpusScores] = {}
     for name in names:
         rows = np.array([corpus == name for corpus in pooled.corpora])
-        own = [column for column, au in enumerate(aus) if au in AU_SETS.get(name, aus)] or list(range(len(aus)))
+        spec = find_corpus(name)
+        under_test = aus if spec is None else spec.aus
+        own = [column for column, au in enumerate(aus) if au in under_test] or list(range(len(aus)))
         numbers = [aus[column] for column in own]
         part = summarise((pooled.labels[rows][:, own], pooled.logits[rows][:, own]), numbers)
         scores[name] = {"num_clips": int(rows.sum()), "aus": numbers, **part}
@@ -200,13 +210,13 @@ def unfinished(files: Mapping[int, PredictionFile], plan: FoldPlan, training: Tr
     for index, file in sorted(files.items()):
         last = total_steps(len(plan.folds[index].train), training.epochs, training.global_batch, training.max_steps)
         if file.step < last:
-            notes.append(f"fold-{index:02d} is unfinished: these are the answers of step {file.step} of {last}")
+            notes.append(f"{fold_name(index)} is unfinished: these are the answers of step {file.step} of {last}")
     return notes
 
 
 def _describe(
-    plan: FoldPlan, files: Mapping[int, PredictionFile], pooled: Pooled, epoch: int | None, run_config: Path
-) -> dict[str, Any]:
+    plan: FoldPlan, files: Mapping[int, PredictionFile], pooled: Pooled, epoch: int | None, run: RunPaths
+) -> Scored:
     """Say what was scored, and in words whatever makes it less than the whole run."""
     expected = [fold for fold in plan.folds if fold.test]
     missing = [fold.name for fold in expected if fold.index not in files]
@@ -217,10 +227,10 @@ def _describe(
         notes.append(f"{here}; the scores leave out {', '.join(missing)}")
     if len(set(epochs.values())) > 1:
         longest = max(epochs.values())
-        short = [f"fold-{index:02d} (epoch {done})" for index, done in epochs.items() if done < longest]
+        short = [f"{fold_name(index)} (epoch {done})" for index, done in epochs.items() if done < longest]
         notes.append(f"folds ended at different epochs; behind epoch {longest}: {', '.join(short)}")
-    if run_config.exists():
-        notes += unfinished(files, plan, load(run_config).training)
+    if run.config.exists():
+        notes += unfinished(files, plan, load_recorded(run.config).training)
     if epoch is not None:
         notes.append(f"epoch {epoch} was chosen by hand: report the last epoch, or test labels choose the epoch")
     return {
@@ -231,14 +241,15 @@ def _describe(
         "num_clips": len(pooled.sample_ids),
         "num_subjects": len(set(pooled.subjects)),
         "folds": {"expected": len(expected), "present": len(expected) - len(missing), "missing": missing},
-        "epochs": {f"fold-{index:02d}": done for index, done in epochs.items()},
+        "epochs": {fold_name(index): done for index, done in epochs.items()},
         "notes": notes,
+        "caveats": caveats([run.root]),
     }
 
 
 def _check_files(files: Mapping[int, PredictionFile], plan: FoldPlan) -> None:
     """Check all files against each other and against `folds.json`."""
-    labels: dict[str, Prediction] = {}
+    labels: dict[str, StoredPrediction] = {}
     tested_in: dict[str, int] = {}
     for index, file in sorted(files.items()):
         if index >= len(plan.folds):

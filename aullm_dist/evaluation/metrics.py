@@ -1,4 +1,4 @@
-"""Per-AU scores of pooled predictions, and the floors that predictors without any evidence reach.
+"""Computes per-AU scores of pooled predictions, and the floors that predictors without any evidence reach.
 
 Shapes: n clips, A action units. All values are fractions. Conventions, the same everywhere:
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from aullm_dist.evaluation.scores import AuScores, FloorScores, Metric, MetricScores, Scores
 from aullm_dist.evaluation.tables import METRICS
 
 HEADLINE_THRESHOLD = 0.5
@@ -114,7 +115,7 @@ def _coin_f1(positives: int, negatives: int) -> float:
     return float(hit_weight @ f1 @ alarm_weight)
 
 
-def floors_per_au(labels: np.ndarray) -> list[dict[str, dict[str, float]]]:
+def floors_per_au(labels: np.ndarray) -> list[dict[str, dict[Metric, float]]]:
     """Return, per AU, what predictors without evidence score on these labels.
 
     Args:
@@ -135,12 +136,16 @@ def floors_per_au(labels: np.ndarray) -> list[dict[str, dict[str, float]]]:
         everything = f1_from_counts(np.array([positives, negatives, 0, 0]))
         coin = _coin_f1(positives, negatives)
         coins = (coin, (coin + _coin_f1(negatives, positives)) / 2)
-        named = {"all_negative": nothing, "all_positive": everything, "random": coins}
-        rows.append({k: {"f1_binary": float(b), "f1_macro": float(m), "auc": 0.5} for k, (b, m) in named.items()})
+        named: dict[str, tuple[Any, Any]] = {"all_negative": nothing, "all_positive": everything, "random": coins}
+        row: dict[str, dict[Metric, float]] = {
+            name: {"f1_binary": float(binary), "f1_macro": float(macro), "auc": 0.5}
+            for name, (binary, macro) in named.items()
+        }
+        rows.append(row)
     return rows
 
 
-def headline_floor(details: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def headline_floor(details: Mapping[str, Mapping[Metric, float]]) -> FloorScores:
     """Pick the floor of each metric: all-positive for f1_binary, all-negative for f1_macro, chance for auc."""
     return {
         "f1_binary": details["all_positive"]["f1_binary"],
@@ -158,7 +163,7 @@ def mean_of(values: Sequence[float | None]) -> float | None:
 
 def summarise(
     rows: tuple[np.ndarray, np.ndarray], aus: Sequence[int], *, predicted: np.ndarray | None = None
-) -> dict[str, Any]:
+) -> Scores:
     """Score pooled predictions; cheap enough for every evaluation during training.
 
     Args:
@@ -177,7 +182,7 @@ def summarise(
         predicted = logits > logit_of(HEADLINE_THRESHOLD)
     binary, macro = f1_from_counts(confusion(labels, predicted))
     floor_rows = floors_per_au(labels)
-    per_au = {}
+    per_au: dict[str, AuScores] = {}
     for column, au in enumerate(aus):
         support = int((labels[:, column] != 0).sum())
         per_au[f"AU{au}"] = {
@@ -188,9 +193,13 @@ def summarise(
             "negatives": len(labels) - support,
             "floors": headline_floor(floor_rows[column]),
         }
-    details = {
+    details: dict[str, dict[Metric, float]] = {
         name: {metric: float(np.mean([row[name][metric] for row in floor_rows])) for metric in METRICS}
         for name in floor_rows[0]
     }
-    mean = {metric: mean_of([row[metric] for row in per_au.values()]) for metric in METRICS}
+    mean: MetricScores = {
+        "f1_binary": float(np.mean([row["f1_binary"] for row in per_au.values()])),
+        "f1_macro": float(np.mean([row["f1_macro"] for row in per_au.values()])),
+        "auc": mean_of([row["auc"] for row in per_au.values()]),
+    }
     return {"mean": mean, "floors": headline_floor(details), "per_au": per_au}

@@ -1,13 +1,16 @@
-"""Tables below the headline: ranking and calibration, scores per corpus, and what test labels would have added."""
+"""Builds the tables below the headline: ranking and calibration, scores per corpus, the gain from test labels."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from aullm_dist.evaluation.blocks import Block, interval_text, percent
+from aullm_dist.evaluation.scores import Metrics
 from aullm_dist.facs import au_name
 
+_BOTH: tuple[Literal["f1_binary", "f1_macro"], ...] = ("f1_binary", "f1_macro")
 
-def ranking_block(metrics: Mapping[str, Any]) -> Block:
+
+def ranking_block(metrics: Metrics) -> Block:
     """Return the table of AUC, AUC within subjects, average precision and calibration."""
     scores, ci = metrics["ranking"], metrics["ci"]
     rows = []
@@ -37,10 +40,12 @@ def _ranking_cells(row: Mapping[str, Any], subjects: str) -> tuple[str, ...]:
     return (*first, *(percent(row[name]) for name in ("ap", "ap_floor", "brier", "brier_floor", "ece")))
 
 
-def corpora_block(metrics: Mapping[str, Any]) -> Block:
+def corpora_block(metrics: Metrics) -> Block:
     """Return the scores of each tested corpus, where there are several."""
+    parts = metrics["per_corpus"]
+    assert parts is not None, "a table of several corpora"
     rows = []
-    for name, part in metrics["per_corpus"].items():
+    for name, part in parts.items():
         mean = part["mean"]
         scores = (percent(mean["f1_binary"]), percent(mean["f1_macro"]), percent(mean["auc"]))
         rows.append((name, str(part["num_clips"]), " ".join(map(str, part["aus"])), *scores))
@@ -52,13 +57,16 @@ def corpora_block(metrics: Mapping[str, Any]) -> Block:
     )
 
 
-def leaky_block(metrics: Mapping[str, Any]) -> Block:
+def leaky_block(metrics: Metrics) -> Block:
     """Return what choices made on the test labels would have added to the headline scores."""
-    honest = metrics["mean"]
-    rows = [("reported: last epoch, threshold 0.5", percent(honest["f1_binary"]), "", percent(honest["f1_macro"]), "")]
-    for variant in metrics["leaky"]["variants"]:
+    honest, leaky = metrics["mean"], metrics["leaky"]
+    assert leaky is not None, "a table of leaky choices that were scored"
+    rows: list[tuple[str, ...]] = [
+        ("reported: last epoch, threshold 0.5", percent(honest["f1_binary"]), "", percent(honest["f1_macro"]), "")
+    ]
+    for variant in leaky["variants"]:
         cells = []
-        for name in ("f1_binary", "f1_macro"):
+        for name in _BOTH:
             cells += [percent(variant["mean"][name]), f"{100 * (variant['mean'][name] - honest[name]):+.1f}"]
         rows.append((f"LEAKY: {variant['name']}", *cells))
     return Block(
@@ -67,7 +75,40 @@ def leaky_block(metrics: Mapping[str, Any]) -> Block:
         rows=tuple(rows),
         notes=(
             "Other papers report numbers of these kinds; compare like with like. Epochs are those whose answers were "
-            f"kept: {', '.join(map(str, metrics['leaky']['epochs']))}. Thresholds: the grid 0.10 to 0.85 in steps of "
+            f"kept: {', '.join(map(str, leaky['epochs']))}. Thresholds: the grid 0.10 to 0.85 in steps of "
             "0.05, per AU, by f1_macro.",
         ),
     )
+
+
+_METRICS = ("f1_binary", "f1_macro", "auc")
+_STAGES = {"evidence": "evidence", "structure": "+ structure", "deduction": "+ deduction (the answer)"}
+
+
+def ladder_block(ladder: Sequence[Mapping[str, Any]]) -> Block:
+    """Return the ladder as a table."""
+    rows = []
+    for entry in ladder:
+        cells = [_STAGES[entry["stage"]], *(percent(entry["mean"][name]) for name in _METRICS)]
+        for name in ("f1_macro", "auc"):
+            cells += ["", ""] if entry["step"] is None else _step_cells(entry["step"][name])
+        rows.append(tuple(cells))
+    return Block(
+        title=("Ladder: the answer stage by stage, means over the AUs in percent, steps in points",),
+        header=("stage", *_METRICS, "f1_macro step", "95% CI", "auc step", "95% CI"),
+        rows=tuple(rows),
+        notes=(
+            "Each stage adds its logits to those before it. Steps are paired: both answers are scored on the same "
+            "resamples of the subjects. An interval that holds 0 shows no gain.",
+        ),
+    )
+
+
+def _step_cells(step: Mapping[str, Any]) -> list[str]:
+    if step["difference"] is None:
+        return ["-", "-"]
+    pair = step["ci"]
+    return [
+        f"{100 * step['difference']:+.1f}",
+        "-" if pair is None else f"{100 * pair[0]:+.1f}..{100 * pair[1]:+.1f}",
+    ]

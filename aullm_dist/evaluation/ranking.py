@@ -1,4 +1,4 @@
-"""How well logits rank and how well they are calibrated, without any threshold.
+"""Measures how well logits rank and how well they are calibrated, without any threshold.
 
 Shapes: n clips, A action units, R resamples. Pooled AUC and average precision compare clips that were answered by
 models of different folds. Each model has its own offset, which adds noise to such comparisons: both are biased low.
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from aullm_dist.evaluation.metrics import auc, mean_of, probability_of
+from aullm_dist.evaluation.scores import RankingScores
 
 __all__ = ["average_precision", "calibration", "ranking", "weighted_ap", "within_subject_auc", "within_subject_pairs"]
 
@@ -104,7 +105,7 @@ def calibration(labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
     }
 
 
-def ranking(labels: np.ndarray, logits: np.ndarray, subjects: Sequence[str], aus: Sequence[int]) -> dict[str, Any]:
+def ranking(labels: np.ndarray, logits: np.ndarray, subjects: Sequence[str], aus: Sequence[int]) -> RankingScores:
     """Return `per_au` and their `mean`: AUC within subjects, average precision with its floor, calibration.
 
     Args:

@@ -1,50 +1,97 @@
-"""What a run prints when it ends: the table, the comparison with its parts taken away, and what to do next."""
+"""Prints the end of a run: the table, the comparison with its parts taken away, and what to do next."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from aullm_dist.config import Config
 from aullm_dist.data.protocols import read_folds
+from aullm_dist.errors import UserError
+from aullm_dist.evaluation.blocks import percent
 from aullm_dist.evaluation.evaluate import evaluate_run, write_thresholds
+from aullm_dist.evaluation.ladder import answers_of_last_evaluation
 from aullm_dist.evaluation.metrics import probability_of, summarise
+from aullm_dist.evaluation.scores import Metrics
 from aullm_dist.evaluation.tables import render
-from aullm_dist.training.predictions import Pooled, find_predictions, pool, read_predictions, zeroed_path
+from aullm_dist.log import get_logger
+from aullm_dist.runs.paths import RunPaths
+from aullm_dist.runs.predictions import Pooled, find_predictions, pool, read_predictions
+from aullm_dist.shell import command
+
+logger = get_logger(__name__)
 
 
 def print_summary(run: Path, config: Config) -> None:
     """Score a finished run and print it; a run without a test side gets the thresholds for its release instead."""
-    out = sys.stdout.write
-    has_test_side = any(fold.test for fold in read_folds(run / "folds.json").folds)
+    out, paths = sys.stdout.write, RunPaths(run)
+    has_test_side = any(fold.test for fold in read_folds(paths.folds_file).folds)
     if has_test_side:
         metrics = evaluate_run(run)
         out("\n" + render(metrics, "text") + "\n")
-        _write_comparison(run, metrics)
-    thresholds = write_thresholds(run) if any(run.glob("fold-*/predictions")) else {}
+        _write_comparison(run, metrics, config.model.network)
+    thresholds = write_thresholds(run) if any(fold.epochs() for fold in paths.folds().values()) else {}
     out(f"Run folder   {run}\n")
     out(f"Checkpoints  {run}/fold-*/checkpoints\n")
     if thresholds:
         out(f"Thresholds   {run}/fold-*/thresholds.json\n")
     if config.monitor.tensorboard:
-        out(f"TensorBoard  {run}/tensorboard   (tensorboard --logdir {run}/tensorboard)\n")
+        out(f"TensorBoard  {paths.tensorboard}   ({command('tensorboard', '--logdir', paths.tensorboard)})\n")
     if has_test_side:
-        out(f"Numbers      {run}/metrics.json, table.md, table.csv\n")
-    out(_next_steps(run, config))
+        out(f"Numbers      {paths.metrics()}, {paths.table('md').name}, {paths.table('csv').name}\n")
+    out(_next_steps(run, config, has_test_side=has_test_side))
 
 
-def _write_comparison(run: Path, metrics: dict[str, Any]) -> None:
-    """Print the full model beside itself without CT, without IT, and beside the no-LLM baseline, all of them pooled."""
+def print_summaries(folders: Mapping[str, Path], sweep: Path) -> None:
+    """Score the runs of a sweep as `print_summary` scores one, and print a line for each of them.
+
+    Args:
+        folders: of the finished runs, by name.
+        sweep: the folder of the sweep.
+    """
+    out = sys.stdout.write
+    lines = [
+        (f"{name}, no LLM ({network})" if network else name, _scored(folder))
+        for name, run in folders.items()
+        for network, folder in {"": run, **RunPaths(run).baselines()}.items()
+    ]
+    width = max(len(label) for label, _ in lines) + 2
+    out(f"\n{'run':<{width}}{'f1_macro':>9}{'auc':>7}   mean over AUs, in percent\n")
+    for label, scores in lines:
+        out(f"{label:<{width}}{scores}\n")
+    out(f"\nRun folders  {command(*folders.values())}\n")
+    out(f"TensorBoard  {command('tensorboard', '--logdir', sweep)}\n")
+    out(f"\nNext: {command('aullm-dist', 'report', 'ablation', *folders.values())}\n")
+
+
+def _scored(run: Path) -> str:
+    """Write the tables of a run and return its scores."""
+    paths = RunPaths(run)
+    scores = "no test side"
+    if any(fold.test for fold in read_folds(paths.folds_file).folds):
+        mean = evaluate_run(run)["mean"]
+        scores = f"{percent(mean['f1_macro']):>9}{percent(mean['auc']):>7}"
+    if any(fold.epochs() for fold in paths.folds().values()):
+        write_thresholds(run)
+    return scores
+
+
+def _write_comparison(run: Path, metrics: Metrics, network: str) -> None:
+    """Print the full model next to itself without CT, without IT, and to the baselines, all of them pooled."""
     out = sys.stdout.write
     zeroed = zeroed_scores(run)
-    rows = [("AULLM++" if zeroed else "led_cnn", metrics["mean"]["f1_macro"], "")]
+    rows = [("AULLM++" if zeroed else network, metrics["mean"]["f1_macro"], "")]
     for token, (score, change) in zeroed.items():
         name = {"content": "content token (CT)", "instruction": "instruction token (IT)"}[token]
         rows.append((f"  with the {name} zeroed", score, f"answers move by {change:.3f} on average"))
-    baseline = run / "baseline"
-    if (baseline / "folds.json").exists():
-        rows.append(("no-LLM baseline (led_cnn)", evaluate_run(baseline)["mean"]["f1_macro"], "same folds and epochs"))
+    for name, folder in RunPaths(run).baselines().items():
+        label = f"no-LLM baseline ({name})"
+        try:
+            rows.append((label, evaluate_run(folder)["mean"]["f1_macro"], "same folds and epochs"))
+        except UserError as error:
+            # The run itself is finished, and its own table stands above.
+            logger.warning("%s cannot be scored: %s", label, error)
     rows.append(("floor: never predicting an AU", metrics["floors"]["f1_macro"], ""))
     if len(rows) > 2:
         out("Mean f1_macro, in percent\n")
@@ -61,15 +108,12 @@ def zeroed_answers(run: Path) -> dict[str, Pooled]:
     """
     finals = {index: read_predictions(path) for index, path in find_predictions(run).items()}
     full = pool(row for file in finals.values() for row in file.rows if row.role == "test")
-    answers = {}
-    for token in ("content", "instruction"):
-        paths = [zeroed_path(run, index, token) for index in finals]
-        if not all(path.exists() for path in paths):
-            continue
-        without = pool(row for path in paths for row in read_predictions(path).rows if row.role == "test")
-        if without.sample_ids == full.sample_ids:
-            answers[token] = without
-    return answers
+    paths = {
+        token: {index: RunPaths(run).fold(index).zeroed(token) for index in finals}
+        for token in ("content", "instruction")
+    }
+    found = {token: answers_of_last_evaluation(each, finals, full) for token, each in paths.items()}
+    return {token: answers for token, answers in found.items() if answers is not None}
 
 
 def zeroed_scores(run: Path) -> dict[str, tuple[float, float]]:
@@ -87,16 +131,23 @@ def zeroed_scores(run: Path) -> dict[str, tuple[float, float]]:
     return scores
 
 
-def _next_steps(run: Path, config: Config) -> str:
+def _next_steps(run: Path, config: Config, *, has_test_side: bool) -> str:
+    evaluate = command("aullm-dist", "evaluate", run)
+    if not has_test_side:
+        # There is nothing to evaluate: such a run is trained to answer other clips, or to be given away.
+        fold = RunPaths(run).fold(config.data.fold or 0).folder
+        release = command("aullm-dist", "merge", fold, "--format", "adapter", "--out", "RELEASE")
+        predict = command("aullm-dist", "predict", fold, "CLIPS")
+        return f"\nNext: {predict}\n" + ("" if config.model.llm == "none" else f"      {release}\n")
     if config.data.train:
-        return f"\nNext: aullm-dist evaluate {run}\n"
+        return f"\nNext: {evaluate}\n"
     steps = {
         "aullm-dist prepare casme2 --root /path/to/CASME2 --out data/casme2": "your licensed corpus",
         "accelerate launch --quiet aullm_dist/train.py --config casme2_loso model.llm=/path/to/llm": "LOSO on it",
-        f"aullm-dist evaluate {run}": "the tables again",
+        evaluate: "the tables again",
     }
     width = max(map(len, steps)) + 2
-    lines = "".join(f"  {command:<{width}}{meaning}\n" for command, meaning in steps.items())
+    lines = "".join(f"  {step:<{width}}{meaning}\n" for step, meaning in steps.items())
     return (
         "\nThe corpus above is synthetic: it shows that the machinery works and says nothing about real faces. Next:\n"
         + lines

@@ -1,6 +1,6 @@
-"""Metrics as terminal text (at most 100 columns), Markdown, CSV or JSON.
+"""Renders metrics as terminal text (at most 100 columns), Markdown, LaTeX, CSV or JSON.
 
-Text and Markdown are in percent with one decimal; CSV and JSON keep fractions and say so.
+Text, Markdown and LaTeX are in percent with one decimal; CSV and JSON keep fractions and say so.
 """
 
 import csv
@@ -11,15 +11,17 @@ from typing import Any
 
 from aullm_dist.errors import UserError
 from aullm_dist.evaluation.blocks import Block, interval_text, percent, render_blocks
-from aullm_dist.evaluation.more_tables import corpora_block, leaky_block, ranking_block
+from aullm_dist.evaluation.caveats import caveat_notes, marked
+from aullm_dist.evaluation.more_tables import corpora_block, ladder_block, leaky_block, ranking_block
+from aullm_dist.evaluation.scores import FloorScores, InnerScores, Metric, Metrics, MetricScores
 from aullm_dist.facs import au_name
 
-FORMATS: tuple[str, ...] = ("text", "markdown", "csv", "json")
+FORMATS: tuple[str, ...] = ("text", "markdown", "latex", "csv", "json")
 # Named here and not taken from `metrics`, so that the command line can name the formats without numpy.
-METRICS: tuple[str, ...] = ("f1_binary", "f1_macro", "auc")
+METRICS: tuple[Metric, ...] = ("f1_binary", "f1_macro", "auc")
 
 
-def render(metrics: Mapping[str, Any], fmt: str) -> str:
+def render(metrics: Metrics, fmt: str) -> str:
     """Render what `evaluate_run` returned, ending in a newline.
 
     Raises:
@@ -34,19 +36,21 @@ def render(metrics: Mapping[str, Any], fmt: str) -> str:
     return render_blocks(metric_blocks(metrics), fmt)
 
 
-def metric_blocks(metrics: Mapping[str, Any]) -> list[Block]:
+def metric_blocks(metrics: Metrics) -> list[Block]:
     """Return what `evaluate_run` returned as tables."""
     blocks = [_headline_block(metrics), ranking_block(metrics)]
+    if metrics["ladder"]:
+        blocks.insert(1, ladder_block(metrics["ladder"]))
     if metrics["inner_thresholds"]:
         blocks.append(_inner_block(metrics))
     if metrics["per_corpus"]:
         blocks.append(corpora_block(metrics))
     if metrics["leaky"]:
         blocks.append(leaky_block(metrics))
-    return blocks
+    return marked(blocks, metrics["caveats"])
 
 
-def _describe(metrics: Mapping[str, Any]) -> str:
+def _describe(metrics: Metrics) -> str:
     folds = metrics["folds"]
     epochs = sorted(set(metrics["epochs"].values()))
     span = f"epoch {epochs[0]}" if len(epochs) == 1 else f"epochs {epochs[0]} to {epochs[-1]}"
@@ -58,7 +62,7 @@ def _describe(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _headline_block(metrics: Mapping[str, Any]) -> Block:
+def _headline_block(metrics: Metrics) -> Block:
     ci, per_au = metrics["ci"], metrics["per_au"]
     rows = []
     for au in metrics["aus"]:
@@ -78,7 +82,7 @@ def _headline_block(metrics: Mapping[str, Any]) -> Block:
     )
 
 
-def _score_cells(scores: Mapping[str, Any], floors: Mapping[str, Any]) -> tuple[str, ...]:
+def _score_cells(scores: MetricScores, floors: FloorScores) -> tuple[str, ...]:
     return (
         percent(scores["f1_binary"]),
         percent(floors["f1_binary"]),
@@ -88,7 +92,7 @@ def _score_cells(scores: Mapping[str, Any], floors: Mapping[str, Any]) -> tuple[
     )
 
 
-def _headline_notes(metrics: Mapping[str, Any]) -> list[str]:
+def _headline_notes(metrics: Metrics) -> list[str]:
     random = metrics["floors"]["details"]["random"]["f1_macro"]
     notes = [
         "f1_binary: F1 of the positive class, floor = always predicting the AU. f1_macro: mean of the F1 of positives "
@@ -106,19 +110,20 @@ def _headline_notes(metrics: Mapping[str, Any]) -> list[str]:
         notes.append(f"95% CI: {ci['resamples']} resamples of {ci['num_subjects']} subjects, seed {ci['seed']}.")
     if not metrics["inner_thresholds"]:
         notes.append("No inner held-out subjects were predicted, so no thresholds could be chosen without test labels.")
-    return notes + [f"Note: {note}." for note in metrics["notes"]]
+    return [*notes, *(f"Note: {note}." for note in metrics["notes"]), *caveat_notes(metrics["caveats"])]
 
 
-def _inner_block(metrics: Mapping[str, Any]) -> Block:
+def _inner_block(metrics: Metrics) -> Block:
     inner = metrics["inner_thresholds"]
+    assert inner is not None, "a table of thresholds that were chosen"
     ci = inner["ci"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for au in metrics["aus"]:
         row = inner["per_au"][f"AU{au}"]
         span = f"{row['threshold_low']:.2f}-{row['threshold_high']:.2f}"
         interval = interval_text(ci["per_au"][f"AU{au}"]["f1_macro"]) if ci else "-"
         rows.append((au_name(au), span, percent(row["f1_binary"]), percent(row["f1_macro"]), interval))
-    both = ("f1_binary", "f1_macro")
+    both: tuple[Metric, ...] = ("f1_binary", "f1_macro")
     rows.append((f"mean of {len(inner['per_au'])} AUs", "", *(percent(inner["mean"][name]) for name in both), ""))
     if ci:
         rows.append(("95% CI of the mean", "", *(interval_text(ci["mean"][name]) for name in both), ""))
@@ -144,27 +149,30 @@ _CSV_HEADER = (
 )  # fmt: skip
 
 
-def _render_csv(metrics: Mapping[str, Any]) -> str:
+def _render_csv(metrics: Metrics) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, _CSV_HEADER, restval="", lineterminator="\n")
     writer.writeheader()
-    for policy, scores in (("fixed_0.5", metrics), ("inner", metrics["inner_thresholds"])):
+    policies: tuple[tuple[str, Metrics | InnerScores | None], ...]
+    policies = (("fixed_0.5", metrics), ("inner", metrics["inner_thresholds"]))
+    for policy, scores in policies:
         if not scores:
             continue
-        ci = scores["ci"] or {"mean": {}, "per_au": {}}
+        ci_mean = scores["ci"]["mean"] if scores["ci"] else {}
+        ci_per_au = scores["ci"]["per_au"] if scores["ci"] else {}
         for au in metrics["aus"]:
             key = f"AU{au}"
             shared = metrics["per_au"][key]
             counts = {"support": shared["support"], "negatives": shared["negatives"]}
-            cells = _csv_scores(scores["per_au"][key], shared["floors"], ci["per_au"].get(key, {}))
+            cells = _csv_scores(scores["per_au"][key], shared["floors"], ci_per_au.get(key, {}))
             if scores is metrics:
-                cells |= _csv_ranking(metrics["ranking"]["per_au"][key], ci["per_au"].get(key, {}))
+                cells |= _csv_ranking(metrics["ranking"]["per_au"][key], ci_per_au.get(key, {}))
             writer.writerow(
                 {"thresholds": policy, "unit": "fraction", "au": au, "name": au_name(au), **counts, **cells}
             )
-        cells = _csv_scores(scores["mean"], metrics["floors"], ci["mean"])
+        cells = _csv_scores(scores["mean"], metrics["floors"], ci_mean)
         if scores is metrics:
-            cells |= _csv_ranking(metrics["ranking"]["mean"], ci["mean"])
+            cells |= _csv_ranking(metrics["ranking"]["mean"], ci_mean)
         writer.writerow({"thresholds": policy, "unit": "fraction", "au": "mean", "name": "mean over AUs", **cells})
     return stream.getvalue()
 

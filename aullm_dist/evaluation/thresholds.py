@@ -1,4 +1,4 @@
-"""Decision thresholds chosen on a fold's own inner subjects, who were neither trained on nor tested."""
+"""Chooses decision thresholds on a fold's own inner subjects, who were neither trained on nor tested."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Right and wrong answers of each AU, as counts and shares."""
+"""Draws right and wrong answers of each AU, as counts and shares."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,7 @@
-"""Curves over training, one for each fold."""
+"""Draws curves over training, one for each fold."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -36,9 +37,17 @@ def draw_curves(
             raise ValueError(f"curve {name}: {len(steps)} steps for {len(values)} values")
     many = len(curves) > _OWN_LOOK
     for index, (name, (steps, values)) in enumerate(curves.items()):
-        look = {"color": PALETTE[index % len(PALETTE)], "label": name, "linestyle": _STYLES[index % len(_STYLES)]}
+        look: dict[str, Any] = {
+            "color": PALETTE[index % len(PALETTE)],
+            "label": name,
+            "linestyle": _STYLES[index % len(_STYLES)],
+        }
         if many:
-            look = {"color": "#9A9A9A", "alpha": 0.6, "label": f"each of {len(curves)} folds" if index == 0 else None}
+            look = {
+                "color": "#9A9A9A",
+                "alpha": 0.6,
+                "label": f"each of {len(curves)} folds" if index == 0 else None,
+            }
         # A single value has no line.
         marker = "o" if len(steps) < 3 else None
         ax.plot(steps, values, linewidth=0.8 if many else 1.3, marker=marker, markersize=3, **look)

@@ -1,4 +1,4 @@
-"""Differences with their intervals, one row each."""
+"""Draws differences with their intervals, one row each."""
 
 from collections.abc import Sequence
 

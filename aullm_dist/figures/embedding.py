@@ -1,4 +1,4 @@
-"""Features laid out in the plane, coloured by the group that each point belongs to."""
+"""Draws features laid out in the plane, coloured by the group of each point."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Where on the face the evidence was: attention over texture cells, laid over a frame."""
+"""Draws where on the face the evidence was: attention over texture cells, laid over a frame."""
 
 import numpy as np
 from matplotlib.axes import Axes

@@ -1,4 +1,4 @@
-"""The AU graph as a heat map: what each edge carries, and of which type it is."""
+"""Draws the AU graph as a heat map: what each edge carries, and of which type it is."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ RELATION_MARKERS = {
     "co-occur": ("^", BLUE), "antagonist": ("v", VERMILLION), "subset": ("s", GREEN), "region": ("D", BLACK),
     "self": (".", BLACK),
 }  # fmt: skip
-"""Shape and colour of each relation type: told apart without colours as well."""
+"""Shape and colour of each relation type: distinguishable without colours as well."""
 
 
 def draw_graph(
@@ -30,7 +30,6 @@ def draw_graph(
     limit: float | None = None,
     mask: np.ndarray | None = None,
     legend: bool = True,
-    numbers: bool = False,
 ) -> AxesImage:
     """Draw AU x AU interaction strengths: a row receives from its columns.
 
@@ -48,7 +47,6 @@ def draw_graph(
         mask: `[E]` edges that are present; None is the prior's. An edge of the prior that is absent is crossed out, a
             candidate that is present has its marker unfilled.
         legend: whether the types are named below the map.
-        numbers: whether values are written into their cells.
 
     Returns:
         The heat map, for a colour bar.
@@ -65,18 +63,15 @@ def draw_graph(
         raise ValueError("values must be finite")
     place = {au: index for index, au in enumerate(aus)}
     table = np.full((len(aus), len(aus)), np.nan)
-    for (target, source, *_), value, here in zip(edges, values, present, strict=True):
+    for edge, value, here in zip(edges, values, present, strict=True):
         if here:
-            table[place[target], place[source]] = value
+            table[place[int(edge[0])], place[int(edge[1])]] = value
     shown = np.abs(values[present])
     limit = limit or float(shown.max(initial=0.0)) or 1.0
     image = ax.imshow(np.ma.masked_invalid(table), cmap=DIVERGING, vmin=-limit, vmax=limit)
     ax.set_facecolor(EMPTY)
-    places = np.array([(place[edge[1]], place[edge[0]]) for edge in edges], dtype=float).reshape(-1, 2)
+    places = np.array([(place[int(edge[1])], place[int(edge[0])]) for edge in edges], dtype=np.float64).reshape(-1, 2)
     _mark(ax, places, [str(edge[2]) for edge in edges], present, prior)
-    for (x, y), value in zip(places[present], values[present], strict=True) if numbers else ():
-        colour = "white" if abs(value) > 0.6 * limit else "black"
-        ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=FONT_POINTS - 3, color=colour)
     label_aus(ax, aus, rows=True, columns=True)
     ax.set_ylabel("AU that receives", fontsize=FONT_POINTS)
     ax.set_xlabel("AU that sends", fontsize=FONT_POINTS)
@@ -99,7 +94,7 @@ def _mark(ax: Axes, places: np.ndarray, relations: Sequence[str], present: np.nd
                     x, y, size, marker=marker, facecolors=face, edgecolors=colour, linewidths=0.6, label=relation
                 )
     cut = places[prior & ~present]
-    ax.add_collection(LineCollection(np.stack([cut - 0.45, cut + 0.45], axis=1), colors=BLACK, linewidths=0.8))
+    ax.add_collection(LineCollection(list(np.stack([cut - 0.45, cut + 0.45], axis=1)), colors=BLACK, linewidths=0.8))
 
 
 def _legend(ax: Axes, relations: set[str]) -> None:

@@ -1,20 +1,30 @@
-"""A prediction as one picture: two frames, where the evidence was, a bar per AU, and the AU graph."""
+"""Draws a prediction as one picture: two frames, where the evidence was, a bar per AU, and the AU graph."""
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from aullm_dist.figures.evidence import draw_evidence
 from aullm_dist.figures.graph import Edge, draw_graph
-from aullm_dist.figures.style import BLACK, BLUE, DIVERGING, FONT_POINTS, bare, colour_bar
+from aullm_dist.figures.style import (
+    BLACK,
+    BLUE,
+    DIVERGING,
+    FONT_POINTS,
+    bare,
+    colour_bar,
+    missing_letters_told,
+    new_figure,
+)
 
 _IDLE = "#B9CFE4"
 """Bars of AUs that are not active: lighter than the active ones in gray, too."""
@@ -22,6 +32,8 @@ _TITLE = 60
 """Characters of a clip's name; of a longer one the end is shown, which tells clips of one corpus apart."""
 _LEAST_CHANGE = 8.0
 """Gray levels that the colour scale of changes reaches at least: noise must not look like movement."""
+_MAP_INCHES, _GRAPH_INCHES = (2.9, 3.45), (4.2, 3.8)
+"""Width and height of maps that stand alone."""
 _NOTE = "Probabilities are not calibrated. An action unit is a movement, not an emotion."
 
 
@@ -62,15 +74,16 @@ def draw_prediction(picture: PredictionPicture) -> Figure:
     num_aus = len(picture.aus)
     has_graph = picture.strengths is not None
     height = 3.1 + max(3.4 if has_graph else 0.0, 0.8 + 0.27 * num_aus)
-    figure = Figure(figsize=(9.6, height + 0.7), dpi=110, layout="constrained")
+    figure = Figure(
+        figsize=(9.6, height + 0.7), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, hspace=0.04)
+    )
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, hspace=0.04)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(2.9, height - 2.9))
+    top, bottom = np.asarray(figure.subfigures(2, 1, height_ratios=(2.9, height - 2.9))).tolist()
     _draw_faces(top, picture)
     if has_graph:
         bars, graph = bottom.subplots(1, 2, width_ratios=(1.15, 1.0))
-        image = draw_graph(graph, picture.aus, picture.edges, picture.strengths, title="What the AUs tell each other")
-        colour_bar(bottom, image, graph, "interaction strength")
+        _draw_strengths(bottom, graph, picture)
+        graph.set_title("What the AUs tell each other", fontsize=FONT_POINTS + 1)
     else:
         bars = bottom.subplots()
     _draw_bars(bars, picture)
@@ -85,8 +98,32 @@ def draw_prediction(picture: PredictionPicture) -> Figure:
 def render_prediction(picture: PredictionPicture, suffix: str) -> bytes:
     """Return the figure as the content of a file whose name ends in `suffix`, such as `.png`."""
     buffer = io.BytesIO()
-    draw_prediction(picture).savefig(buffer, format=suffix.lstrip(".").lower())
+    with missing_letters_told():
+        draw_prediction(picture).savefig(buffer, format=suffix.lstrip(".").lower())
     return buffer.getvalue()
+
+
+def render_parts(picture: PredictionPicture) -> dict[str, bytes]:
+    """Return the maps of the figure one by one, as SVG without titles, for a page that arranges them itself.
+
+    Returns:
+        Of "change", "evidence" and "graph" those that the model has.
+    """
+    parts: dict[str, tuple[Callable[[Figure, Axes, PredictionPicture], None], tuple[float, float]]] = {
+        "change": (_draw_change, _MAP_INCHES)
+    }
+    if picture.evidence is not None:
+        parts["evidence"] = (_draw_evidence, _MAP_INCHES)
+    if picture.strengths is not None:
+        parts["graph"] = (_draw_strengths, _GRAPH_INCHES)
+    rendered = {}
+    for name, (draw, inches) in parts.items():
+        figure, axes = new_figure(*inches)
+        draw(figure, axes[0, 0], picture)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg")
+        rendered[name] = buffer.getvalue()
+    return rendered
 
 
 def _draw_faces(figure: SubFigure, picture: PredictionPicture) -> None:
@@ -97,20 +134,36 @@ def _draw_faces(figure: SubFigure, picture: PredictionPicture) -> None:
         ax.imshow(frame, cmap="gray", vmin=0, vmax=255)
         ax.set_title(title, fontsize=FONT_POINTS + 1)
         bare(ax)
+    _draw_change(figure, axes[2], picture)
+    axes[2].set_title("Change between the two", fontsize=FONT_POINTS + 1)
+    if picture.evidence is not None:
+        _draw_evidence(figure, axes[3], picture)
+        axes[3].set_title("Where the evidence was taken", fontsize=FONT_POINTS + 1)
+
+
+def _draw_change(figure: Figure | SubFigure, ax: Axes, picture: PredictionPicture) -> None:
     change = picture.frames[1].astype(np.int16) - picture.frames[0]
     limit = max(_LEAST_CHANGE, float(np.quantile(np.abs(change), 0.995)))
-    image = axes[2].imshow(change, cmap=DIVERGING, vmin=-limit, vmax=limit)
-    axes[2].set_title("Change between the two", fontsize=FONT_POINTS + 1)
-    bare(axes[2])
-    colour_bar(figure, image, axes[2], "darker (-) or brighter (+), gray levels", below=True)
-    if picture.evidence is not None:
-        image = draw_evidence(axes[3], picture.frames[1], picture.evidence, picture.grid, clip_size=picture.clip_size)
-        axes[3].set_title("Where the evidence was taken", fontsize=FONT_POINTS + 1)
-        colour_bar(figure, image, axes[3], "share of attention", below=True)
+    image = ax.imshow(change, cmap=DIVERGING, vmin=-limit, vmax=limit)
+    bare(ax)
+    colour_bar(figure, image, ax, "darker (-) or brighter (+), gray levels", below=True)
+
+
+def _draw_evidence(figure: Figure | SubFigure, ax: Axes, picture: PredictionPicture) -> None:
+    assert picture.evidence is not None
+    assert picture.grid is not None
+    image = draw_evidence(ax, picture.frames[1], picture.evidence, picture.grid, clip_size=picture.clip_size)
+    colour_bar(figure, image, ax, "share of attention", below=True)
+
+
+def _draw_strengths(figure: Figure | SubFigure, ax: Axes, picture: PredictionPicture) -> None:
+    assert picture.strengths is not None
+    image = draw_graph(ax, picture.aus, picture.edges, picture.strengths)
+    colour_bar(figure, image, ax, "interaction strength")
 
 
 def _draw_bars(ax: Axes, picture: PredictionPicture) -> None:
-    rows = np.arange(len(picture.aus))
+    rows = list(range(len(picture.aus)))
     colours = [BLUE if yes else _IDLE for yes in picture.active]
     ax.barh(rows, picture.probabilities, height=0.66, color=colours)
     for row, limit in zip(rows, picture.thresholds, strict=True):

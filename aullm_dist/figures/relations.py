@@ -1,4 +1,4 @@
-"""Edge strengths of the AU graph, sorted by the type of their relation."""
+"""Draws edge strengths of the AU graph, sorted by the type of their relation."""
 
 from collections.abc import Sequence
 

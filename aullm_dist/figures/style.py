@@ -1,10 +1,13 @@
-"""The look of all figures: colours that colour-blind readers tell apart, and canvases that need no display.
+"""Sets the look of all figures: colours that colour-blind readers can distinguish, canvases that need no display.
 
 Figures are made with `matplotlib.figure.Figure` and the Agg canvas. `pyplot` is never imported: it keeps every figure
 alive in a global table, and looks for a display.
 """
 
-from collections.abc import Sequence
+import functools
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,6 +15,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
+
+from aullm_dist.log import get_logger
+
+logger = get_logger(__name__)
 
 # Source: Okabe and Ito, "Color Universal Design" (2008).
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
@@ -26,6 +33,24 @@ EMPTY = "#E5E5E5"
 
 FONT_POINTS = 8.0
 DOTS_PER_INCH = 100
+
+
+@contextmanager
+def missing_letters_told() -> Iterator[None]:
+    """Say once, and in a line, that the font has no letters for a name; matplotlib warns of each in three lines."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    others = [warning for warning in caught if not str(warning.message).startswith("Glyph ")]
+    for warning in others:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if len(others) < len(caught):
+        _tell_of_missing_letters()
+
+
+@functools.cache
+def _tell_of_missing_letters() -> None:
+    logger.warning("The font of the figures has no letters for some names; boxes stand in their place")
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, np.ndarray]:
@@ -45,7 +70,7 @@ def to_pixels(figure: Figure) -> np.ndarray:
 def colour_bar(
     figure: Figure | SubFigure, image: AxesImage, ax: Axes | Sequence[Axes], label: str, *, below: bool = False
 ) -> None:
-    """Say what the colours of an image mean, beside the axes that it belongs to or below them."""
+    """Say what the colours of an image mean, next to the axes that it belongs to or below them."""
     bar = figure.colorbar(image, ax=ax, location="bottom" if below else "right", shrink=0.8, pad=0.03, aspect=24)
     bar.set_label(label, fontsize=FONT_POINTS)
     bar.ax.tick_params(labelsize=FONT_POINTS - 1)

@@ -1,6 +1,1 @@
-"""AULLM++: visual backbone, evidence projector, AU graph, structured prompt and decoder."""
-
-from aullm_dist.model.quiet import hide_missing_cpu_kernel
-
-# Here, because it must come before any module of this package imports PEFT.
-hide_missing_cpu_kernel()
+"""Implements AULLM++, the model of the paper: visual backbone, evidence projector, AU graph, prompt and decoder."""

@@ -1,4 +1,4 @@
-"""AULLM++ assembled: evidence construction, structure modelling, deduction; and the same seam without an LLM.
+"""Implements AULLM++ as a whole: evidence construction, structure modelling, deduction.
 
 Shapes: B clips, V views (clips and their counterfactual twins), G structures (a view with an edge mask), K branches (a
 content token paired with an instruction token), A action units, E edges, D LLM width.
@@ -10,32 +10,43 @@ import torch
 from aullm_kernels import resolve
 from torch import Tensor, nn
 
+from aullm_dist.data.views import Visual
 from aullm_dist.errors import UserError
 from aullm_dist.model.graph import AUGraph
 from aullm_dist.model.projector import EvidenceProjector
 from aullm_dist.model.reasoner import Reasoner
-from aullm_dist.model.visual import LedCnn, VisualBackbone
+from aullm_dist.model.visual import VisualBackbone
 
 Ablation = Literal["content", "instruction"]
+Stage = Literal["evidence", "structure"]
 
 
 class ModelOutput(NamedTuple):
     """What one forward pass gives; a tuple, because DeepSpeed finds tensors in tuples but not in our dataclasses.
 
     Attributes:
-        logits: `[K, A]` fp32, one row per branch.
-        graph_logits: `[G, A]` auxiliary logits of the AU graph's nodes; None without a graph.
+        logits: `[K, A]` fp32, one row per branch: the answer.
+        graph_logits: `[G, A]` of the AU graph's nodes, in an answer in stages of evidence and nodes; None without a
+            graph.
+        evidence_logits: `[V, A]` of the evidence alone; None unless the answer is in stages.
     """
 
     logits: Tensor
     graph_logits: Tensor | None = None
+    evidence_logits: Tensor | None = None
+
+    def stage(self, stage: Stage, views: Tensor, structures: Tensor) -> Tensor:
+        """Return the answer `[n, A]` of an earlier stage to branches of these views and structures, each `[n]`."""
+        given, rows = (self.evidence_logits, views) if stage == "evidence" else (self.graph_logits, structures)
+        assert given is not None, f"this answer has no stage {stage}"
+        return given[rows]
 
 
 class Explanation(NamedTuple):
     """What the model made of each clip on its way to the answer, for pictures and features; float32.
 
-    Without an LLM only `logits` and `high` are there, without a graph neither `instruction`, `gaze`, `strengths` nor
-    `influence`.
+    Without an LLM only `logits` and `high` are there, without a graph neither `instruction`, `gaze`, `strengths`,
+    `influence` nor `structure_logits`, and without an answer in stages no logits but the answer.
 
     Attributes:
         logits: `[V, A]`, the answer.
@@ -47,6 +58,8 @@ class Explanation(NamedTuple):
         gaze: `[V, A, N]`, where each AU's node looks.
         strengths: `[V, E]`, interaction strengths of the graph's edges.
         influence: `[V, E]`, what each edge weighs in the last layer, signed.
+        evidence_logits: `[V, A]`, the answer of the evidence alone.
+        structure_logits: `[V, A]`, the answer of evidence and structure, to which the deduction adds.
     """
 
     logits: Tensor
@@ -58,6 +71,8 @@ class Explanation(NamedTuple):
     gaze: Tensor | None = None
     strengths: Tensor | None = None
     influence: Tensor | None = None
+    evidence_logits: Tensor | None = None
+    structure_logits: Tensor | None = None
 
 
 def mixed_precision(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
@@ -84,7 +99,7 @@ def check_kernels(requested: str) -> None:
 
 
 class AULLM(nn.Module):
-    """AULLM++: LED and 3D-CNN, MGE-EFP, R-AUGNN, structured prompt, frozen LLM with LoRA, AU head.
+    """AULLM++: visual backbone, MGE-EFP, R-AUGNN, structured prompt, frozen LLM with LoRA, AU head.
 
     Args:
         visual: the visual backbone.
@@ -112,6 +127,11 @@ class AULLM(nn.Module):
         self.graph = graph
         self.reasoner = reasoner
 
+    @property
+    def stream(self) -> Visual:
+        """What the views hold."""
+        return self.visual.stream
+
     def peft_model(self) -> nn.Module:
         """Return the PEFT-wrapped LLM, whose adapter is saved for stock PEFT."""
         return self.reasoner.llm
@@ -127,7 +147,7 @@ class AULLM(nn.Module):
         """Answer every branch.
 
         Args:
-            views: `[V, T, H, W]` gray clips in 0..1.
+            views: `[V, C, H, W]` what `data.views.view_of` makes of clips for the model's visual stream.
             view_index: `[G]` the view that each structure is built on.
             edge_mask: `[G, E]` edges present in each structure, or None without a graph.
             branches: `[K, 2]` (view, structure) of each branch.
@@ -140,22 +160,24 @@ class AULLM(nn.Module):
         """Answer each clip and return what led there; in evaluation mode, without gradients.
 
         Args:
-            views: `[V, T, H, W]` gray clips in 0..1.
+            views: `[V, C, H, W]` what `data.views.view_of` makes of clips for the model's visual stream.
             edge_mask: `[V, E]` edges present in each clip's structure; None is the prior's for all.
         """
         index = torch.arange(len(views), device=views.device)
         with mixed_precision(views.device, self.autocast), torch.no_grad():
             cells, high = self.visual(views)
-            content, evidence = self.projector(cells, high, return_attention=True)
-            structure = None
+            evidence = self.projector(cells, high, return_attention=True)
+            structure, said, earlier = None, evidence.logits, [evidence.logits, None]
             if self.graph is not None:
-                structure = self.graph(cells, high, None, edge_mask, return_influence=True)
+                structure = self.graph(cells, high, None, edge_mask, evidence=said, return_influence=True)
+                said = earlier[1] = said if said is None else said + structure.logits
             instruction = structure.token if structure else None
             branches = index[:, None].expand(-1, 2)
-            logits, hidden = self.reasoner(content, instruction, branches, return_hidden=True)
-        graph = () if structure is None else (structure.gaze, structure.strengths, structure.influence)
-        parts = (logits, high, content, instruction, hidden, evidence, *graph)
-        return Explanation(*(part if part is None else part.float() for part in parts))
+            logits, hidden = self.reasoner(evidence.token, instruction, branches, return_hidden=True)
+            logits = logits if said is None else said + logits
+        graph = (None, None, None) if structure is None else (structure.gaze, structure.strengths, structure.influence)
+        parts = (logits, high, evidence.token, instruction, hidden, evidence.attention, *graph, *earlier)
+        return Explanation._make(part if part is None else part.float() for part in parts)
 
     def self_check(self) -> float:
         """Compare packed with padded branches on the real backbone, in the precision of the run."""
@@ -171,47 +193,27 @@ class AULLM(nn.Module):
         ablate: Ablation | None,
     ) -> ModelOutput:
         cells, high = self.visual(views)
-        content = self.projector(cells, high)
+        evidence = self.projector(cells, high)
+        content, said = evidence.token, evidence.logits
         instruction, graph_logits = None, None
         if self.graph is not None:
-            structure = self.graph(cells, high, view_index, edge_mask)
+            structure = self.graph(cells, high, view_index, edge_mask, evidence=said)
             instruction, graph_logits = structure.token, structure.logits
+        # The logits of a stage are read of its token, and go with it.
         if ablate == "content":
             content = torch.zeros_like(content)
+            if self.projector.au_head is not None:
+                said = self.projector.au_head(content)
         elif ablate == "instruction" and instruction is not None:
             instruction = torch.zeros_like(instruction)
-        return ModelOutput(self.reasoner(content, instruction, branches), graph_logits)
-
-
-class LedCnnBaseline(nn.Module):
-    """The no-LLM baseline `led_cnn` behind the same call: visual backbone and a linear head."""
-
-    adapter_prefix = ""
-    graph = None
-
-    def __init__(self, network: LedCnn, *, autocast: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.autocast = autocast
-        self.network = network
-
-    def peft_model(self) -> None:
-        """There is no LLM, hence no adapter."""
-        return None
-
-    def forward(
-        self,
-        views: Tensor,
-        view_index: Tensor,
-        edge_mask: Tensor | None,
-        branches: Tensor,
-        ablate: Ablation | None = None,
-    ) -> ModelOutput:
-        """Answer every branch from its view alone; arguments as in `AULLM.forward`."""
-        with mixed_precision(views.device, self.autocast):
-            return ModelOutput(self.network(views)[branches[:, 0]].float())
-
-    def explain(self, views: Tensor, edge_mask: Tensor | None = None) -> Explanation:
-        """Answer each clip and return its summary vector; arguments as in `AULLM.explain`."""
-        with mixed_precision(views.device, self.autocast), torch.no_grad():
-            _, high = self.network.visual(views)
-            return Explanation(self.network.head(high).float(), high.float())
+            if said is not None and graph_logits is not None:
+                graph_logits = torch.zeros_like(graph_logits)
+        logits = self.reasoner(content, instruction, branches)
+        if said is None:
+            return ModelOutput(logits, graph_logits)
+        # Each stage adds to what the one before it says.
+        logits = logits + said[branches[:, 0]]
+        if graph_logits is not None:
+            logits = logits + graph_logits[branches[:, 1]]
+            graph_logits = graph_logits + said[view_index]
+        return ModelOutput(logits, graph_logits, said)

@@ -1,4 +1,4 @@
-"""Counterfactual interventions of CCR: what is drawn for a clip, and what it does to the clip (ours).
+"""Draws and applies CCR's counterfactual interventions: which one a clip gets, and what it does to it (ours).
 
 An intervention changes one cause and holds everything else. `appearance` changes how the face looks and keeps the
 movement; `neutral` removes the movement and keeps the clip's own jitter, flicker and noise; `structure` edits the AU

@@ -1,4 +1,4 @@
-"""R-AUGNN (ours): a small graph over the AUs becomes the instruction token.
+"""Implements R-AUGNN (ours): a small graph over the AUs becomes the instruction token.
 
 The paper names this part and what it is for; its equations are not public, so the form here is this project's own.
 Every AU is a node: a learned embedding plus what the visual features say of that AU. Relational attention runs over a
@@ -9,6 +9,7 @@ Shape letters: V views, N cells, C channels, G branches (structures), A action u
 head, D LLM width.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from aullm_dist.errors import UserError
 from aullm_dist.facs import AU_REGIONS
-from aullm_dist.model.projector import ScaledToken
+from aullm_dist.model.projector import ScaledToken, TokenHead
 from aullm_dist.model.relations import AURelations
 
 # First gates per relation before tanh: an antagonist's messages start negative, the rest positive by their specificity.
@@ -34,7 +35,8 @@ class GraphOutput(NamedTuple):
 
     Attributes:
         token: Instruction token, `[G, D]`.
-        logits: Auxiliary AU logits from the nodes, `[G, A]` float32.
+        logits: AU logits `[G, A]` float32. Where the graph is given those of the evidence, what it adds to them, read
+            of the token; otherwise an auxiliary answer of the nodes.
         strengths: Interaction strength of each edge before the softmax over a node's edges, `[G, E]`.
         influence: What each edge weighs in the last layer: its share of what its node receives, times the gate of its
             relation, mean over the heads, `[G, E]`; negative where a relation's gate is. Only on request.
@@ -134,6 +136,38 @@ class RelationalLayer(nn.Module):
         return nodes + self.dropout(self.update(message.flatten(2))), weights
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphSizes:
+    """Sizes around and inside of the graph."""
+
+    cell_dim: int
+    """Channels C of a cell."""
+    high_dim: int
+    """Width of the summary vector."""
+    llm_dim: int
+    """Width D of the LLM."""
+    cell_grid: tuple[int, int, int] = (2, 9, 9)
+    """Grid (time, rows, columns) of the cells."""
+    width: int = 64
+    """Features of a node."""
+    heads: int = 4
+    """Attention heads, of the layers and of the readout."""
+    layers: int = 2
+    """Relational layers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphStart:
+    """What the graph starts from."""
+
+    au_embedding: Tensor | None = None
+    """The LLM's embedding of each AU's FACS name, `[A, D]`; None starts from random embeddings."""
+    embedding_rms: float = 1.0
+    """Root mean square of the LLM's embeddings."""
+    edge_strength: np.ndarray | None = None
+    """First value of each edge's learned strength, `[E]` (`relations.training_statistics`); None is 0."""
+
+
 class AUGraph(nn.Module):
     """R-AUGNN: texture cells and summary vector -> instruction token, auxiliary AU logits, interaction strengths.
 
@@ -144,43 +178,33 @@ class AUGraph(nn.Module):
 
     Args:
         relations: Prior over the vocabulary; it decides A and E.
-        cell_dim: Channels C of a cell.
-        high_dim: Width of the summary vector.
-        llm_dim: Width D of the LLM.
-        cell_grid: Grid (time, rows, columns) of the cells.
-        width: Features of a node.
-        heads: Attention heads, of the layers and of the readout.
-        layers: Relational layers.
-        au_embedding_init: The LLM's embedding of each AU's FACS name, `[A, D]`; None starts from random embeddings.
-        embedding_rms: Root mean square of the LLM's embeddings.
-        edge_strength_init: First value of each edge's learned strength, `[E]` (`relations.training_statistics`); None
-            is 0.
+        sizes: Of what comes in and goes out, and of the graph itself.
+        start: First values that are not drawn; None has none.
         dropout: Dropout in the layers and before the readout.
         implementation: Implementation of `graph_attention`.
+        amends: Whether the nodes are given the AU logits of the evidence and add to them, at first nothing.
 
     Raises:
         UserError: `width` is not divisible by `heads`, or `layers` is below 1.
     """
 
+    prior_mask: Tensor
+
     def __init__(
         self,
         relations: AURelations,
-        cell_dim: int,
-        high_dim: int,
-        llm_dim: int,
+        sizes: GraphSizes,
+        start: GraphStart | None = None,
         *,
-        cell_grid: tuple[int, int, int] = (2, 9, 9),
-        width: int = 64,
-        heads: int = 4,
-        layers: int = 2,
-        au_embedding_init: Tensor | None = None,
-        embedding_rms: float = 1.0,
-        edge_strength_init: np.ndarray | None = None,
         dropout: float = 0.1,
         implementation: str = "auto",
+        amends: bool = False,
     ) -> None:
         """Build nodes, layers and readout for one vocabulary."""
         super().__init__()
+        start = start or GraphStart()
+        width, heads, layers = sizes.width, sizes.heads, sizes.layers
+        cell_dim, high_dim, llm_dim = sizes.cell_dim, sizes.high_dim, sizes.llm_dim
         if heads < 1 or width % heads:
             raise UserError(f"graph width {width} with {heads} heads: allowed is a width divisible by the heads")
         if layers < 1:
@@ -188,21 +212,21 @@ class AUGraph(nn.Module):
         num_aus = len(relations.aus)
         self._edges = relations.edge_table()
         self.register_buffer("prior_mask", torch.from_numpy(relations.prior_mask.copy()), persistent=False)
-        if au_embedding_init is None:
+        if start.au_embedding is None:
             embedding = torch.randn(num_aus, width)
         else:
-            embedding = project_names(au_embedding_init, width)
+            embedding = project_names(start.au_embedding, width)
         self.au_embedding = nn.Parameter(embedding)
         self.gaze_query = nn.Parameter(torch.randn(num_aus, cell_dim))
-        self.gaze = nn.Parameter(first_gaze(relations.aus, cell_grid))
+        self.gaze = nn.Parameter(first_gaze(relations.aus, sizes.cell_grid))
         self.read_cells = nn.Linear(cell_dim, width)
         self.read_high = nn.Linear(high_dim, num_aus * width)
         self.input_norm = nn.LayerNorm(width)
         self.strength_target = nn.Linear(width, width // heads, bias=False)
         self.strength_source = nn.Linear(width, width // heads, bias=False)
         first = torch.zeros(relations.num_edges)
-        if edge_strength_init is not None:
-            first = torch.as_tensor(edge_strength_init, dtype=torch.float32).clone()
+        if start.edge_strength is not None:
+            first = torch.as_tensor(start.edge_strength, dtype=torch.float32).clone()
             assert first.shape == (relations.num_edges,), first.shape
         self.edge_strength = nn.Parameter(first)
         self.layers = nn.ModuleList(
@@ -211,6 +235,7 @@ class AUGraph(nn.Module):
 
         self.output_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
+        self.read_evidence = nn.Parameter(torch.randn(width)) if amends else None
         self.au_head = nn.Parameter(torch.randn(num_aus, width) * width**-0.5)
         self.au_bias = nn.Parameter(torch.zeros(num_aus))
         self.readout_score = nn.Linear(width, heads)
@@ -219,7 +244,9 @@ class AUGraph(nn.Module):
         self.no_au = nn.Parameter(torch.randn(heads * width) * 0.02)
         self.token_norm = nn.LayerNorm(heads * width)
         self.readout = nn.Linear(heads * width, llm_dim, bias=False)
-        self.scale = ScaledToken(embedding_rms)
+        self.scale = ScaledToken(start.embedding_rms)
+        self.around = nn.Linear(num_aus, llm_dim, bias=False) if amends else None
+        self.answer = TokenHead(llm_dim, num_aus, start.embedding_rms, starts_at_zero=True) if amends else None
 
     @property
     def num_edges(self) -> int:
@@ -238,9 +265,13 @@ class AUGraph(nn.Module):
         scores = (cells @ self.gaze_query.to(cells.dtype).t()).transpose(1, 2) * cells.shape[2] ** -0.5
         return torch.softmax(scores + self.gaze, dim=-1)
 
-    def _nodes(self, cells: Tensor, high: Tensor, gaze: Tensor) -> Tensor:
+    def _nodes(self, cells: Tensor, high: Tensor, gaze: Tensor, evidence: Tensor | None) -> Tensor:
         summary = self.read_high(high).unflatten(1, self.au_embedding.shape)
-        return self.input_norm(self.au_embedding + self.read_cells(gaze.to(cells.dtype) @ cells) + summary)
+        nodes = self.au_embedding + self.read_cells(gaze.to(cells.dtype) @ cells) + summary
+        if self.read_evidence is not None:
+            assert evidence is not None, "this graph adds to the logits of the evidence, which are missing"
+            nodes = nodes + torch.tanh(0.5 * evidence).unsqueeze(-1) * self.read_evidence
+        return self.input_norm(nodes)
 
     def _strengths(self, nodes: Tensor, edges: EdgeTable) -> Tensor:
         target, source = self.strength_target(nodes), self.strength_source(nodes)
@@ -254,6 +285,7 @@ class AUGraph(nn.Module):
         view_index: Tensor | None = None,
         edge_mask: Tensor | None = None,
         *,
+        evidence: Tensor | None = None,
         return_influence: bool = False,
     ) -> GraphOutput:
         """Run the graph for every branch.
@@ -263,10 +295,11 @@ class AUGraph(nn.Module):
             high: Summary vectors of the views, `[V, high_dim]`.
             view_index: View of each branch, `[G]` int64; None is one branch per view.
             edge_mask: Edges that each branch has, `[G, E]` bool; None is the prior for all.
+            evidence: AU logits of the views' evidence, `[V, A]` float32, for a graph that amends them.
             return_influence: also return what each edge weighs in the last layer, for pictures.
         """
         edges, gaze = self.edges(), self.cell_attention(cells)
-        nodes = self._nodes(cells, high, gaze)
+        nodes = self._nodes(cells, high, gaze, evidence)
         strengths = self._strengths(nodes, edges)
         if view_index is not None:
             strengths = strengths.index_select(0, view_index)
@@ -281,10 +314,14 @@ class AUGraph(nn.Module):
         # Logits of a few units lose too much in bfloat16.
         with torch.autocast(nodes.device.type, enabled=False):
             logits = (self.dropout(nodes).to(self.au_head.dtype) * self.au_head).sum(-1) + self.au_bias
-        return GraphOutput(self._token(self.dropout(nodes), logits), logits, strengths, influence, gaze)
+            if evidence is not None:
+                logits = logits + (evidence if view_index is None else evidence.index_select(0, view_index))
+        token = self._token(self.dropout(nodes), logits)
+        added = logits if self.answer is None else self.answer(token)
+        return GraphOutput(token, added, strengths, influence, gaze)
 
     def _token(self, nodes: Tensor, logits: Tensor) -> Tensor:
-        """Sum a nonlinear view of each node, weighted per head and by how active the graph finds that AU.
+        """Sum a nonlinear view of each node, weighted per head and by how active that AU is found (`logits`).
 
         Without the activity nearly all of the token is the same for every clip, because the AU embeddings are: 1 to 6 %
         of its variance then lies between clips, and the LLM learns to pass it over.
@@ -292,4 +329,7 @@ class AUGraph(nn.Module):
         weights = torch.softmax(self.readout_score(nodes), dim=1) * torch.sigmoid(logits).unsqueeze(-1)
         values = F.gelu(self.readout_value(nodes)).unflatten(2, (weights.shape[2], -1))
         pooled = (weights.unsqueeze(-1) * values).sum(1).flatten(1)
-        return self.scale(self.readout(self.token_norm(pooled + self.no_au)))
+        token = self.readout(self.token_norm(pooled + self.no_au))
+        if self.around is not None:
+            token = token + self.around(torch.tanh(0.5 * logits).to(token.dtype))
+        return self.scale(token)

@@ -1,4 +1,4 @@
-"""Losses of AULLM++: asymmetric multi-label loss and the terms of CCR (the formulas of CCR are ours)."""
+"""Computes the losses of AULLM++: asymmetric multi-label loss and the terms of CCR (the formulas of CCR are ours)."""
 
 from dataclasses import dataclass
 

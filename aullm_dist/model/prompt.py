@@ -1,4 +1,4 @@
-"""The structured prompt: a static prefix, then the soft tokens with the little text that must follow them.
+"""Builds the structured prompt: a static prefix, then the soft tokens with the little text that must follow them.
 
 Layout of one branch, P prefix tokens and S suffix tokens:
 
@@ -6,29 +6,20 @@ Layout of one branch, P prefix tokens and S suffix tokens:
     suffix  <CT> " Structure:" <IT> " Deduction: active AUs?" [one marker per AU when the readout is per_au]
 
 Everything that can stand before the soft tokens stands before them: the prefix is the same for every clip and branch,
-so a packed step (`packing.py`) computes it once. Without the structure token its label goes too. The wording is (ours).
+so a packed step (`packing/forward.py`) computes it once. Without the structure token its label goes too. The wording is
+(ours).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from aullm_dist.errors import UserError
 from aullm_dist.facs import au_name
+from aullm_dist.wording import QUESTION_TEXT, STRUCTURE_TEXT, prefix_text
 
 Readout = Literal["last", "per_au"]
 READOUTS: tuple[Readout, ...] = get_args(Readout)
-
-STRUCTURE_TEXT = " Structure:"
-QUESTION_TEXT = " Deduction: active AUs?"
-_STAGES_WITH_STRUCTURE = (
-    "Work in three stages. Evidence: what moved on the face. "
-    "Structure: which AUs occur together, exclude each other or share a region. "
-    "Deduction: decide for each AU whether it is active."
-)
-_STAGES_WITHOUT_STRUCTURE = (
-    "Work in two stages. Evidence: what moved on the face. Deduction: decide for each AU whether it is active."
-)
 
 
 class Tokenizer(Protocol):
@@ -36,7 +27,7 @@ class Tokenizer(Protocol):
 
     bos_token_id: int | None
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True):
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any:
         """Return an object whose `input_ids` are the token ids of `text`."""
 
     def __len__(self) -> int:
@@ -77,13 +68,6 @@ class Prompt:
         """Positions within the suffix whose final hidden state is read: the last one, or one marker per AU."""
         last = self.suffix_tokens - 1
         return (last,) if self.readout == "last" else tuple(range(last - len(self.aus) + 1, last + 1))
-
-
-def prefix_text(aus: Sequence[int], *, use_structure: bool = True) -> str:
-    """Return the static text before the content token for the AU numbers `aus`."""
-    stages = _STAGES_WITH_STRUCTURE if use_structure else _STAGES_WITHOUT_STRUCTURE
-    names = ", ".join(au_name(au) for au in aus)
-    return f"You code facial micro-expressions with FACS. Action units (AUs) under test: {names}. {stages}\nEvidence:"
 
 
 def build_prompt(
@@ -133,5 +117,6 @@ def _plain_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 def _bos_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     bos = tokenizer.bos_token_id
-    begins_with_bos = bos is not None and list(tokenizer("a").input_ids)[:1] == [bos]
-    return (bos,) if begins_with_bos else ()
+    if bos is None or list(tokenizer("a").input_ids)[:1] != [bos]:
+        return ()
+    return (bos,)

@@ -1,17 +1,21 @@
-"""The language half of AULLM++: soft tokens in, one logit per AU out.
+"""Implements the language half of AULLM++: soft tokens in, one logit per AU out.
 
 It builds the suffix of every branch around its content and instruction token, runs the LLM over all branches, packed or
 padded, and reads the answer out with a linear head in float32. What the tokens are made of is not its business.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aullm_dist.model.llm import Backbone, embedding_rms, mean_embeddings
-from aullm_dist.model.packing import check_packable, packed_hidden, padded_hidden, rows_of, self_check
+from aullm_dist.llm.backbone import Backbone, embedding_rms, mean_embeddings
 from aullm_dist.model.prompt import Prompt
+from aullm_dist.packing.forward import SOFT, packed_hidden, padded_hidden
+from aullm_dist.packing.layout import rows_of
+from aullm_dist.packing.self_check import self_check
+from aullm_dist.packing.support import check_packable
 
 
 class Reasoner(nn.Module):
@@ -23,18 +27,24 @@ class Reasoner(nn.Module):
     token per AU (`au_markers`, first the LLM's own embedding of the AU's FACS name) after the question, a head D -> 1
     that all AUs share and one bias per AU (`au_bias`). The head draws its first weights from torch's global generator.
 
+    A reasoner that `amends` adds to what the stages before it say, at first nothing: its head starts at zero.
+
     Args:
         backbone: from `load_backbone`.
         prompt: from `build_prompt` with the backbone's tokenizer; it decides AUs, readout and structure token.
         packing: one shared-prefix sequence (true), or one row per branch (false, the reference).
         suffixes_per_row: suffixes in one packed row; 0 puts all of them into one.
-        suffix_multiple: packed rows are filled up, with suffixes that nobody reads, to a multiple of this.
+        suffix_multiple: packed rows are filled up, with padding suffixes, to a multiple of this.
         scale: `embedding_rms` of the LLM where it is known already; a pass over the whole vocabulary otherwise.
         names: `mean_embeddings` of the AUs' FACS names where they are known already, [A, D].
+        amends: whether the answer is added to that of earlier stages.
 
     Raises:
-        UserError: `packing` with a backbone that has no mask recipe.
+        UserError: `packing` with a backbone or an attention that is not proven for it.
     """
+
+    static_ids: Tensor
+    row_ids: Tensor
 
     def __init__(
         self,
@@ -46,10 +56,12 @@ class Reasoner(nn.Module):
         suffix_multiple: int = 1,
         scale: float | None = None,
         names: Tensor | None = None,
+        amends: bool = False,
     ) -> None:
         super().__init__()
         if packing:
-            check_packable(backbone.config, backbone.model.config._attn_implementation)
+            network: Any = backbone.model
+            check_packable(backbone.config, network.config._attn_implementation)
         self.llm = backbone.model
         self.scale = embedding_rms(self.llm) if scale is None else scale
         self.prompt = prompt
@@ -58,13 +70,18 @@ class Reasoner(nn.Module):
         self.num_aus = len(prompt.aus)
         width = backbone.hidden_size
         if prompt.readout == "per_au":
-            self.au_markers = nn.Parameter(mean_embeddings(self.llm, prompt.name_ids) if names is None else names)
+            first = mean_embeddings(self.llm, prompt.name_ids) if names is None else names.clone()
+            self.au_markers = nn.Parameter(first)
             self.au_head = nn.Linear(width, 1, bias=False)
             self.au_bias = nn.Parameter(torch.zeros(self.num_aus))
         else:
             self.au_head = nn.Linear(width, self.num_aus)
+        if amends:
+            for parameter in self.au_head.parameters():
+                nn.init.zeros_(parameter)
         static = prompt.prefix_ids + prompt.structure_ids + prompt.question_ids
         self.register_buffer("static_ids", torch.tensor(static), persistent=False)
+        self.register_buffer("row_ids", torch.tensor(_row_ids(prompt)), persistent=False)
 
     def forward(
         self, content: Tensor, instruction: Tensor | None, branches: Tensor, *, return_hidden: bool = False
@@ -102,8 +119,9 @@ class Reasoner(nn.Module):
             [K, R, D], hidden states at the read-out positions, after the final norm.
         """
         if not self.packing:
-            return padded_hidden(self.llm, prefix, suffix, self.prompt.readout_positions)
-        return packed_hidden(self.llm, prefix, suffix, self.prompt.readout_positions, **self._layout(len(suffix)))
+            return padded_hidden(self.llm, prefix, suffix, self.prompt.readout_positions, ids=self.row_ids)
+        layout = self._layout(len(suffix))
+        return packed_hidden(self.llm, prefix, suffix, self.prompt.readout_positions, ids=self.row_ids, **layout)
 
     def num_tokens(self, num_branches: int) -> int:
         """Return how many tokens the LLM computes for `num_branches` branches, those that fill rows up included."""
@@ -120,7 +138,9 @@ class Reasoner(nn.Module):
         with torch.no_grad():
             prefix, suffix = self._embeds(soft[0], soft[1] if self.prompt.use_structure else None, branches)
         layout = self._layout(len(suffix))
-        return self_check(self.llm, prefix, suffix, self.prompt.readout_positions, **layout, tolerance=tolerance)
+        return self_check(
+            self.llm, prefix, suffix, self.prompt.readout_positions, **layout, ids=self.row_ids, tolerance=tolerance
+        )
 
     def _layout(self, num_suffixes: int) -> dict[str, int]:
         return _layout(num_suffixes, self.suffixes_per_row, self.suffix_multiple)
@@ -128,7 +148,8 @@ class Reasoner(nn.Module):
     def _embeds(self, content: Tensor, instruction: Tensor | None, branches: Tensor) -> tuple[Tensor, Tensor]:
         """Return the prefix [P, D] and the suffixes [K, S, D] in the dtype of the LLM's embeddings."""
         assert (instruction is not None) == self.prompt.use_structure, "instruction tokens do not fit the prompt"
-        static = self.llm.get_input_embeddings()(self.static_ids)
+        llm: Any = self.llm
+        static: Tensor = llm.get_input_embeddings()(self.static_ids)
         lengths = [len(self.prompt.prefix_ids), len(self.prompt.structure_ids), len(self.prompt.question_ids)]
         prefix, structure, question = static.split(lengths)
         num_branches = len(branches)
@@ -140,6 +161,15 @@ class Reasoner(nn.Module):
         if self.prompt.readout == "per_au":
             parts.append(self.au_markers.to(static.dtype).expand(num_branches, -1, -1))
         return prefix, torch.cat(parts, dim=1)
+
+
+def _row_ids(prompt: Prompt) -> list[int]:
+    """Return the token ids of the prefix and of every suffix, `SOFT` where a soft token or a marker stands."""
+    ids = [*prompt.prefix_ids, SOFT]
+    if prompt.use_structure:
+        ids += [*prompt.structure_ids, SOFT]
+    ids += prompt.question_ids
+    return ids + [SOFT] * (len(prompt.aus) if prompt.readout == "per_au" else 0)
 
 
 def tokens_computed(

@@ -1,4 +1,4 @@
-"""The typed, sparse prior over an AU vocabulary, and small interventions on it.
+"""Defines the typed, sparse prior over an AU vocabulary, and small interventions on it.
 
 The prior is read from `aullm_dist.facs` alone, never from labels. `training_statistics` is the one function here that
 sees labels; it is for the training fold's and is off by default.
@@ -56,8 +56,10 @@ class AURelations:
 
     def edge_table(self) -> EdgeTable:
         """Return the edges as `graph_attention` takes them, on the CPU."""
-        columns = (torch.from_numpy(column.copy()) for column in (self.target, self.source, self.relation))
-        return EdgeTable(*columns, num_nodes=len(self.aus))
+        target, source, relation = (
+            torch.from_numpy(column.copy()) for column in (self.target, self.source, self.relation)
+        )
+        return EdgeTable(target, source, relation, num_nodes=len(self.aus))
 
 
 def relation_between(first: int, second: int) -> Relation | None:
@@ -109,13 +111,12 @@ def build_relations(aus: Sequence[int]) -> AURelations:
             degree[target] += 1
             rows.append((target, source, "co-occur", False))
     rows.sort(key=lambda row: row[:2])
-    target, source, relation, in_prior = zip(*rows, strict=True)
     return AURelations(
         aus=aus,
-        target=np.array(target, dtype=np.int64),
-        source=np.array(source, dtype=np.int64),
-        relation=np.array([RELATIONS.index(name) for name in relation], dtype=np.int64),
-        prior_mask=np.array(in_prior, dtype=bool),
+        target=np.array([row[0] for row in rows], dtype=np.int64),
+        source=np.array([row[1] for row in rows], dtype=np.int64),
+        relation=np.array([RELATIONS.index(row[2]) for row in rows], dtype=np.int64),
+        prior_mask=np.array([row[3] for row in rows], dtype=bool),
     )
 
 

@@ -1,7 +1,8 @@
-"""From a gray clip to texture cells and a summary vector: learnable Eulerian dynamics and a shallow 3D-CNN.
+"""Encodes a clip as texture cells and a summary vector: learnable Eulerian dynamics, optical flow, shallow CNNs.
 
-The network follows what is known of AU-LLM's (filters, kernels, pooling, channel attention). Its BatchNorm is a
-GroupNorm here (ours): statistics of one clip depend neither on the micro-batch nor on the number of processes.
+The network on Eulerian dynamics follows what is known of AU-LLM's (filters, kernels, pooling, channel attention). Its
+BatchNorm is a GroupNorm here (ours): statistics of one clip depend neither on the micro-batch nor on the number of
+processes.
 
 Shape letters: V clips, T frames, H W pixels, N cells, C channels, A action units.
 """
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aullm_dist.data.views import Visual, view_channels
 from aullm_dist.errors import UserError
+from aullm_dist.model.flow_cells import FlowCells
 
 _GROUPS = 8
 _FIRST_CHANNELS = 32
@@ -45,6 +48,8 @@ class Led(nn.Module):
         num_frames: Frames T of a clip, 2 or more.
         eps: Added to the normaliser, in units of the input.
     """
+
+    lag: Tensor
 
     def __init__(self, num_frames: int = 6, *, eps: float = 1.0 / 255.0) -> None:
         """Start from alpha 10, r1 0.4, r2 0.05."""
@@ -150,17 +155,21 @@ def conv_and_pool(maps: Tensor, weight: Tensor) -> Tensor:
 
 
 class VisualBackbone(nn.Module):
-    """LED and a shallow 3D-CNN: texture cells `[V, N, 64]` and a summary vector `[V, feature_dim]`.
+    """Texture cells `[V, N, 64]` and a summary vector `[V, feature_dim]` of LED, of optical flow, or of both.
 
-    Cells lie in the order time, rows, columns of `cell_grid`. LED maps are relative changes of a few percent; a fixed
-    gain (ours) brings them to the order of 1, and the GroupNorms have an epsilon that is felt at the size of sensor
-    noise, so that a clip without movement is not blown up to the size of one with movement.
+    LED maps go through a shallow 3D-CNN, flow maps through a 2D-CNN (`FlowCells`); of both, the cells of each place are
+    mixed by one matrix. Shapes do not depend on the stream. Cells lie in the order time, rows, columns of `cell_grid`.
+
+    LED maps are relative changes of a few percent; a fixed gain (ours) brings them to the order of 1, and the
+    GroupNorms have an epsilon that is felt at the size of sensor noise, so that a clip without movement is not blown up
+    to the size of one with movement.
 
     Args:
         num_frames: Frames T of a clip.
         image_size: Side of a frame in pixels.
         feature_dim: Width of the summary vector.
         dropout: Dropout after the first block and before the summary.
+        visual: What the views hold (`data.views`): `led`, `flow` or `both`.
 
     Raises:
         UserError: The clip is too small for the network.
@@ -171,47 +180,73 @@ class VisualBackbone(nn.Module):
     cell_dim = _CELL_CHANNELS
 
     def __init__(
-        self, num_frames: int = 6, image_size: int = 64, feature_dim: int = 256, *, dropout: float = 0.1
+        self,
+        num_frames: int = 6,
+        image_size: int = 64,
+        feature_dim: int = 256,
+        *,
+        dropout: float = 0.1,
+        visual: Visual = "led",
     ) -> None:
         """Build the network for one clip size."""
         super().__init__()
         self.cell_grid = cell_grid_of(num_frames, image_size)
         self.feature_dim = feature_dim
         self.num_cells = math.prod(self.cell_grid)
-        self.input_shape = (num_frames, image_size, image_size)
-        self.led = Led(num_frames)
-        # No biases: a clip without movement then stays at 0 up to the norms.
-        self.conv1 = nn.Conv3d(1, _FIRST_CHANNELS, _FIRST_KERNEL, bias=False)
-        self.norm1 = nn.GroupNorm(_GROUPS, _FIRST_CHANNELS, eps=self.NORM_EPS)
-        self.conv2 = nn.Conv3d(_FIRST_CHANNELS, _CELL_CHANNELS, _SECOND_KERNEL, bias=False)
-        self.norm2 = nn.GroupNorm(_GROUPS, _CELL_CHANNELS, eps=self.NORM_EPS)
-        self.attention = ChannelAttention(_CELL_CHANNELS)
+        self.stream = visual
+        self.num_frames = num_frames
+        self.input_shape = (view_channels(visual, num_frames), image_size, image_size)
+        if visual != "flow":
+            self.led = Led(num_frames)
+            # No biases: a clip without movement then stays at 0 up to the norms.
+            self.conv1 = nn.Conv3d(1, _FIRST_CHANNELS, _FIRST_KERNEL, bias=False)
+            self.norm1 = nn.GroupNorm(_GROUPS, _FIRST_CHANNELS, eps=self.NORM_EPS)
+            self.conv2 = nn.Conv3d(_FIRST_CHANNELS, _CELL_CHANNELS, _SECOND_KERNEL, bias=False)
+            self.norm2 = nn.GroupNorm(_GROUPS, _CELL_CHANNELS, eps=self.NORM_EPS)
+            self.attention = ChannelAttention(_CELL_CHANNELS)
         self.dropout = nn.Dropout(dropout)
         self.summary = nn.Linear(self.num_cells * _CELL_CHANNELS, feature_dim)
         self.summary_norm = nn.LayerNorm(feature_dim)
-        for conv in (self.conv1, self.conv2):
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        if visual != "flow":
+            for conv in (self.conv1, self.conv2):
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        if visual != "led":
+            self.flow = FlowCells(num_frames, image_size, ChannelAttention(_CELL_CHANNELS), dropout=dropout)
+        if visual == "both":
+            self.mix = nn.Linear(2 * _CELL_CHANNELS, _CELL_CHANNELS, bias=False)
 
-    def forward(self, clips: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
         """Return the texture cells and the summary vector.
 
         Args:
-            clips: Gray levels in 0..1, `[V, T, H, W]`.
+            views: What `data.views.view_of` makes of clips, `[V, C, H, W]`: of `led` gray levels in 0..1,
+                `[V, T, H, W]`.
 
         Returns:
             Cells `[V, N, C]` and summary `[V, feature_dim]`.
 
         Raises:
-            ValueError: The clips have another size than the network was built for.
+            ValueError: The views have another size than the network was built for.
         """
-        if clips.ndim != 4 or tuple(clips.shape[1:]) != self.input_shape:
-            raise ValueError(f"clips is {list(clips.shape)}, allowed is [V, {', '.join(map(str, self.input_shape))}]")
+        if views.ndim != 4 or tuple(views.shape[1:]) != self.input_shape:
+            raise ValueError(f"views is {list(views.shape)}, allowed is [V, {', '.join(map(str, self.input_shape))}]")
+        parts = []
+        if self.stream != "flow":
+            parts.append(self._led_cells(views[:, : self.num_frames]))
+        if self.stream != "led":
+            parts.append(self.flow(views if self.stream == "flow" else views[:, self.num_frames :]))
+        cells = torch.cat(parts, dim=1).flatten(2).transpose(1, 2)
+        if self.stream == "both":
+            cells = self.mix(cells)
+        summary = self.summary_norm(self.summary(self.dropout(cells.flatten(1))))
+        return cells, summary
+
+    def _led_cells(self, clips: Tensor) -> Tensor:
+        """Return cells `[V, C, time, rows, columns]` of gray clips `[V, T, H, W]`."""
         x = self.norm1(conv_and_pool(self.LED_GAIN * self.led(clips), self.conv1.weight))
         x = self.dropout(F.relu(x))
         x = F.relu(self.attention(self.norm2(self.conv2(x))))
-        cells = F.max_pool3d(x, _SECOND_POOL).flatten(2).transpose(1, 2)
-        summary = self.summary_norm(self.summary(self.dropout(cells.flatten(1))))
-        return cells, summary
+        return F.max_pool3d(x, _SECOND_POOL)
 
 
 class LedCnn(nn.Module):
@@ -223,6 +258,7 @@ class LedCnn(nn.Module):
         image_size: Side of a frame in pixels.
         feature_dim: Width of the summary vector.
         dropout: Dropout of the backbone and before the head.
+        visual: What the views hold.
     """
 
     def __init__(
@@ -233,12 +269,22 @@ class LedCnn(nn.Module):
         feature_dim: int = 256,
         *,
         dropout: float = 0.1,
+        visual: Visual = "led",
     ) -> None:
         """Build backbone and head."""
         super().__init__()
-        self.visual = VisualBackbone(num_frames, image_size, feature_dim, dropout=dropout)
+        self.visual = VisualBackbone(num_frames, image_size, feature_dim, dropout=dropout, visual=visual)
         self.head = nn.Sequential(nn.ReLU(), nn.Dropout(dropout), nn.Linear(feature_dim, num_aus))
 
-    def forward(self, clips: Tensor) -> Tensor:
-        """Return the AU logits `[V, A]` of clips `[V, T, H, W]` with gray levels in 0..1."""
-        return self.head(self.visual(clips)[1])
+    @property
+    def stream(self) -> Visual:
+        """What the views hold."""
+        return self.visual.stream
+
+    def summary(self, views: Tensor) -> Tensor:
+        """Return the summary vector `[V, feature_dim]`, which the head reads."""
+        return self.visual(views)[1]
+
+    def forward(self, views: Tensor) -> Tensor:
+        """Return the AU logits `[V, A]` of views `[V, C, H, W]`."""
+        return self.head(self.summary(views))

@@ -1,1 +1,1 @@
-"""What a run takes before it is started: memory, network and arithmetic, from the LLM's dimensions alone."""
+"""Plans what a run takes before it is started: memory, network and arithmetic, from the LLM's dimensions alone."""

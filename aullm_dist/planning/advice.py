@@ -1,6 +1,5 @@
-"""The nearest change that makes a run fit: single changes in a fixed order, then the smallest combination of them."""
+"""Finds the nearest change that makes a run fit: single changes in a fixed order, then the smallest combination."""
 
-import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -96,7 +95,6 @@ def _strongest(config: Config, cluster: Cluster) -> Iterator[list[Option]]:
 
 
 def _apply(config: Config, cluster: Cluster, options: Sequence[Option]) -> Setting | None:
-    config = copy.deepcopy(config)
     for _, change in options:
         config, cluster = change(config, cluster)
     if config.training.global_batch % (config.training.micro_batch * cluster.gpus):
@@ -104,47 +102,46 @@ def _apply(config: Config, cluster: Cluster, options: Sequence[Option]) -> Setti
     return config, cluster
 
 
-def _setting(group: str, key: str, value: object, reason: str) -> Option:
+def _setting(name: str, value: object, reason: str) -> Option:
     def change(config: Config, cluster: Cluster) -> Setting:
-        setattr(getattr(config, group), key, value)
-        return config, cluster
+        return config.changed({name: value}), cluster
 
-    return Change((f"{group}.{key}={value}",), reason), change
+    return Change((f"{name}={value}",), reason), change
 
 
 def _nf4(config: Config, cluster: Cluster) -> Iterator[Option]:
     if config.model.quantization == "none":
-        yield _setting("model", "quantization", "nf4", "the frozen LLM in 4 bits: another function, the one of QLoRA")
+        yield _setting("model.quantization", "nf4", "the frozen LLM in 4 bits: another function, the one of QLoRA")
 
 
 def _checkpointing(config: Config, cluster: Cluster) -> Iterator[Option]:
     if config.model.activation_checkpointing == "none":
-        yield _setting("model", "activation_checkpointing", "non_reentrant", "about a third more time")
+        yield _setting("model.activation_checkpointing", "non_reentrant", "about a third more time")
 
 
 def _micro_batches(config: Config, cluster: Cluster) -> Iterator[Option]:
     smaller = config.training.micro_batch // 2
     while smaller:
         if config.training.micro_batch % smaller == 0:
-            yield _setting("training", "micro_batch", smaller, "the same global batch in more micro-batches")
+            yield _setting("training.micro_batch", smaller, "the same global batch in more micro-batches")
         smaller //= 2
 
 
 def _divided(config: Config, cluster: Cluster) -> Iterator[Option]:
     if cluster.gpus > 1 and not config.training.strategy.startswith("zero3"):
-        yield _setting("training", "strategy", "zero3", "the LLM is divided, and sent in every micro-batch")
+        yield _setting("training.strategy", "zero3", "the LLM is divided, and sent in every micro-batch")
 
 
 def _optimizer_on_host(config: Config, cluster: Cluster) -> Iterator[Option]:
     for strategy in ("zero2", "zero3"):
         if config.training.strategy == strategy:
             name = {"zero2": "zero2_offload", "zero3": "zero3_offload_optimizer"}[strategy]
-            yield _setting("training", "strategy", name, "AdamW's state is in the machine's memory")
+            yield _setting("training.strategy", name, "AdamW's state is in the machine's memory")
 
 
 def _parameters_on_host(config: Config, cluster: Cluster) -> Iterator[Option]:
     if config.training.strategy != "zero3_offload_param":
-        yield _setting("training", "strategy", "zero3_offload_param", "layers come from the machine's memory: slow")
+        yield _setting("training.strategy", "zero3_offload_param", "layers come from the machine's memory: slow")
 
 
 def _more_gpus(config: Config, cluster: Cluster) -> Iterator[Option]:

@@ -1,4 +1,4 @@
-"""What a run is planned for: GPUs, their memory and links, and what is assumed of them."""
+"""Describes what a run is planned for: GPUs, their memory and links, and what is assumed of them."""
 
 import re
 from dataclasses import dataclass
@@ -7,6 +7,10 @@ from aullm_dist.errors import UserError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+H100_FLOPS = 989e12
+"""Floating-point operations per second of an H100 in bf16 without sparsity, as its datasheet has them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +25,8 @@ class Cluster:
         host_memory: bytes of RAM of one machine; None leaves the question open.
         interconnect: bytes per second that a machine receives from the others.
         link: bytes per second that a GPU receives from the others of its machine.
-        gpu_flops: floating-point operations per second of one GPU in the run's precision.
+        gpu_flops: floating-point operations per second of one GPU, or of one process on a CPU, in the run's precision;
+            None, as nothing is known of a CPU's, leaves times and rates out of the plan.
         efficiency: share of `gpu_flops` that a step reaches.
         cpu: the processes compute on CPUs and talk through gloo; then memory counts when it is written to.
     """
@@ -33,18 +38,19 @@ class Cluster:
     host_memory: int | None = None
     interconnect: float = 50e9
     link: float = 300e9
-    gpu_flops: float = 989e12
+    gpu_flops: float | None = H100_FLOPS
     efficiency: float = 0.4
     cpu: bool = False
 
     def __post_init__(self) -> None:
         """Check the numbers."""
         if self.gpus < 1 or self.nodes < 1 or self.gpus % self.nodes:
+            what = "processes" if self.cpu else "GPUs"
             raise UserError(
-                f"{self.gpus} GPUs on {self.nodes} machines; allowed: a multiple of the machines, the same on each"
+                f"{self.gpus} {what} on {self.nodes} machines; allowed: a multiple of the machines, the same on each"
             )
         for name in ("interconnect", "link", "gpu_flops"):
-            if not 0 < getattr(self, name) < float("inf"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} is {getattr(self, name)}; allowed: a finite number above 0")
         if not 0 < self.efficiency <= 1:

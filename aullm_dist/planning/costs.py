@@ -1,4 +1,4 @@
-"""What a run sends and computes, and how fast it may be."""
+"""Counts what a run sends and computes, and estimates how fast it may be."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,20 +30,20 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Arithmetic of an optimizer step of one GPU, and what follows from it."""
+    """Arithmetic of an optimizer step of one GPU or process, and what follows from it where its peak is known."""
 
     tokens: int
     """LLM tokens of a micro-batch, branches on average."""
     floor_flops: int
     """4 x weights x tokens of all micro-batches: forward, and gradients of the inputs."""
     flops: int
-    """Counted over the passes: with LoRA, attention and what is computed anew."""
-    compute_seconds: float
+    """Counted over the passes: with LoRA, attention and what is recomputed."""
+    compute_seconds: float | None
     """At the peak of the GPU."""
-    network_seconds: float
-    clips_per_second_at_most: float
+    network_seconds: float | None
+    clips_per_second_at_most: float | None
     """All GPUs at their peak, sending behind computing."""
-    clips_per_second: float
+    clips_per_second: float | None
     """At the assumed efficiency, nothing overlapped."""
 
 
@@ -68,6 +68,8 @@ def network_of(engine: Engine, cluster: Cluster, weights: Sequence[Weight], mess
                 members, crosses = engine.second, engine.second > cluster.per_node
             brought = (members - 1) * sent
         else:
+            if engine.is_plain:
+                members, crosses = engine.team, engine.team > cluster.per_node
             brought = (2 if operation == "all_reduce" else 1) * sent * (members - 1) // members
         received += brought
         between += brought if crosses else 0
@@ -83,7 +85,7 @@ def network_of(engine: Engine, cluster: Cluster, weights: Sequence[Weight], mess
 
 def _exchanged(engine: Engine, weights: Sequence[Weight]) -> int:
     """Return bytes that a process receives at a start: weights that the others read, and process 0's first values."""
-    if engine.processes == 1:
+    if engine.processes == 1 or (engine.is_plain and engine.stage == 3):
         return 0
     base = sum(w.nbytes + w.constants for w in weights if not w.trainable)
     total = sum(w.nbytes for w in weights if w.trainable)
@@ -116,13 +118,16 @@ def speed_of(
         global_batch: clips of a step.
     """
     frozen = sum(w.weights for w in weights if not w.trainable and _multiplies(w))
-    compute = flops * micro_batches / cluster.gpu_flops
+    floor, counted = 4 * frozen * tokens * micro_batches, flops * micro_batches
+    if cluster.gpu_flops is None:
+        return Speed(tokens, floor, counted, None, None, None, None)
+    compute = counted / cluster.gpu_flops
     within = network.received - network.between_nodes
     sending = within / cluster.link + network.between_nodes / cluster.interconnect
     return Speed(
         tokens=tokens,
-        floor_flops=4 * frozen * tokens * micro_batches,
-        flops=flops * micro_batches,
+        floor_flops=floor,
+        flops=counted,
         compute_seconds=compute,
         network_seconds=sending,
         clips_per_second_at_most=global_batch / max(compute, sending),

@@ -1,4 +1,4 @@
-"""What each engine holds of the parameters and of their optimizer, from one moment of a run to the next.
+"""Counts what each engine holds of the parameters and of their optimizer, from one moment of a run to the next.
 
 Names: N processes, T bytes of everything that is trained, all float32. On a CPU, address space counts when it is
 written to; on a GPU all of it counts. What is offloaded is in the machine's memory, as is what the trainer keeps there.
@@ -49,6 +49,7 @@ class Engine:
         overlap: whether there are two of them in stages 1 and 2.
         second: processes among which ZeRO++ hpZ divides parameters a second time, 1 without it.
         offload_optimizer, offload_param: whether these are in the machine's memory.
+        team: processes that train a fold together: all of them, unless several folds are trained at once.
     """
 
     stage: int
@@ -61,10 +62,18 @@ class Engine:
     second: int
     offload_optimizer: bool
     offload_param: bool
+    team: int
 
     @classmethod
-    def of(cls, deepspeed: Mapping[str, Any] | None, processes: int, accumulation: int, cpu: bool) -> "Engine":
-        """Return the engine of a resolved DeepSpeed configuration, DDP for None."""
+    def of(
+        cls,
+        deepspeed: Mapping[str, Any] | None,
+        processes: int,
+        accumulation: int,
+        cpu: bool,
+        team: int | None = None,
+    ) -> "Engine":
+        """Return the engine of a resolved DeepSpeed configuration, DDP for None; `team` is None for all processes."""
         zero = deepspeed["zero_optimization"] if deepspeed else {}
         stage = zero.get("stage", 0)
         return cls(
@@ -78,7 +87,13 @@ class Engine:
             second=int(zero.get(HPZ, 1)),
             offload_optimizer=offloaded_to(zero, "optimizer") != "none",
             offload_param=offloaded_to(zero, "param") != "none",
+            team=team or processes,
         )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether what is trained is whole in each process: with DDP, and where teams share a partitioned LLM."""
+        return self.stage == 0 or self.team < self.processes
 
     def share(self, weight: Weight) -> int:
         """Return bytes of a parameter that a process keeps."""
@@ -102,8 +117,8 @@ class Engine:
         total, part = self._sizes(weights)
         host = self.offload_optimizer
         first = Term("first values of what is trained, for the next fold: T", total, True)
-        if self.stage == 0:
-            buckets = [Term("gradient buckets: T", total)] if self.processes > 1 else []
+        if self.is_plain:
+            buckets = [Term("gradient buckets: T", total)] if self.team > 1 else []
             return [Term("trained parameters: T", total), Term("AdamW's moments: 2T", 2 * total), *buckets, first]
         moments = Term("AdamW's moments: 2T/N", 2 * part, host)
         if self.stage < 3:
@@ -113,21 +128,24 @@ class Engine:
                 own += [Term("gradients and copy on their way: 2T/N", 2 * part, True)]
                 own += [Term("one gradient on its way", largest), Term("one gradient on its way", largest, True)]
             return [*own, moments, first]
-        bucket = FLOAT32 * self.bucket
+        return [*self._divided(weights), moments, first]
+
+    def _divided(self, weights: Sequence[Weight]) -> list[Term]:
+        """Return what ZeRO-3 holds of what is trained before its first step."""
+        total, part = self._sizes(weights)
+        host, bucket = self.offload_optimizer, FLOAT32 * self.bucket
         own = [
             Term("trained parameters: T/N", part, self.offload_param),
             Term("their float32 copy: T/N", part, host),
             Term("gradients: T/N", part, host),
             Term("gradient bucket", min(bucket, total) if self.cpu else bucket),
         ]
-        if host:
-            own.append(Term("gradients of the optimizer: T/N", part, True))
-        return [*own, moments, first]
+        return [*own, Term("gradients of the optimizer: T/N", part, True)] if host else own
 
     def at_end_of_backward(self, weights: Sequence[Weight]) -> list[Term]:
         """Return what sending the gradients takes when all of them are there."""
         total, part = self._sizes(weights)
-        if self.stage == 0:
+        if self.is_plain:
             return [Term("gradients: T", total)]
         held = min(total, FLOAT32 * self.bucket)
         if self.stage == 3:
@@ -149,7 +167,7 @@ class Engine:
         total, part = self._sizes(weights)
         # The norm is taken in float64, of one gradient after the other.
         largest = 2 * FLOAT32 * max(w.numel for w in weights if w.trainable)
-        if self.stage == 0:
+        if self.is_plain:
             return [Term("gradients: T", total), Term("a gradient in float64, for its norm", largest)]
         waiting = []
         if self.stage < 3 and not self.offload_optimizer:
@@ -163,7 +181,7 @@ class Engine:
     def during_passes(self, weights: Sequence[Weight]) -> list[Term]:
         """Return what is held while a micro-batch is computed that is not there between steps."""
         total, part = self._sizes(weights)
-        if self.stage == 0:
+        if self.is_plain:
             return [Term("gradients of earlier micro-batches: T", total)] if self.accumulation > 1 else []
         if self.stage == 3:
             return []
@@ -178,19 +196,21 @@ class Engine:
         """Return what setting up takes: more than what is then held."""
         total, part = self._sizes(weights)
         held = [Term("trained parameters: T", total), Term("first values of what is trained: T", total, True)]
-        if self.stage == 0:
-            if self.processes == 1:
+        if self.is_plain:
+            if self.team == 1:
                 return held
+            if self.stage == 3:
+                return held if self.cpu else [*held, Term("gradient buckets: T", total)]
             flat = Term("values that process 0 sends, two buckets at a time", _broadcast_buckets(weights))
             return [*held, flat] if self.cpu else [*held, flat, Term("gradient buckets: T", total)]
         if self.stage < 3:
             return [*held, Term("trained parameters, flat: T", total), Term("their float32 copy: T/N", part)]
-        # Divided one after the other; then joined into flat pieces.
-        return [
-            held[1],
-            Term("shares, as they were and flat: 2T/N", 2 * part),
-            Term("optimizer's buffers: 3T/N", 3 * part),
-        ]
+        # Divided one after the other; then joined into flat pieces. Last comes the bucket, whole on a GPU.
+        joined = [Term("shares, as they were and flat: 2T/N", 2 * part), Term("optimizer's buffers: 3T/N", 3 * part)]
+        if self.cpu:
+            return [held[1], *joined]
+        ready = self._divided(weights)
+        return [held[1], *max(joined, ready, key=lambda terms: sum(t.nbytes for t in terms if not t.on_host))]
 
     def sends_per_step(self, weights: Sequence[Weight], gathers: int, persistent: int) -> dict[str, int]:
         """Return bytes of the messages of an optimizer step by operation, as DeepSpeed's logger counts them.
@@ -203,8 +223,9 @@ class Engine:
         total, part = self._sizes(weights)
         if self.processes == 1:
             return {}
-        if self.stage == 0:
-            return {"all_reduce": total}
+        if self.is_plain:
+            averaged = {"all_reduce": total} if self.team > 1 else {}
+            return averaged | ({"all_gather_into_tensor": self.accumulation * gathers} if self.stage == 3 else {})
         if self.stage < 3:
             times = self.accumulation if self.stage == 2 else 1
             return {"all_reduce": times * total, "all_gather_into_tensor": part}

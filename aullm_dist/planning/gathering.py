@@ -1,4 +1,4 @@
-"""What ZeRO-3 holds whole at each moment of a pass, and what it sends for that.
+"""Tracks what ZeRO-3 holds whole at each moment of a pass, and what it sends for that.
 
 The order in which modules fetch and release their parameters comes from `trace`; the rules for how long they stay, and
 how many are fetched ahead, are those of DeepSpeed.
@@ -9,6 +9,7 @@ Source: deepspeed 0.19.8, runtime/zero/partitioned_param_coordinator.py and part
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from aullm_dist.planning.recorder import Record
 from aullm_dist.planning.skeleton import Weight
@@ -59,7 +60,7 @@ class Gatherer:
 
     Args:
         weights: all parameters.
-        processes: among which a parameter is divided where it is gathered from.
+        processes: among which a parameter is partitioned where it is gathered from.
         limits: from the strategy.
         copies_on_receipt: whether the communication library needs space of its own for what it receives, as gloo does.
     """
@@ -110,7 +111,7 @@ class Gatherer:
         return replace(best, messages=self._messages, gathers=self._gathers)
 
     def partition_all(self) -> None:
-        """End an optimizer step: everything is divided again, and persistent parameters are gathered anew."""
+        """End an optimizer step: everything is partitioned again, and persistent parameters are gathered again."""
         self._available = set(self.persistent)
         self._active.clear()
 
@@ -213,6 +214,7 @@ class Gatherer:
 
     def _soon(self, leaf: bool) -> set[Weight]:
         """Return what is used again within the reuse distance; behind a leaf DeepSpeed counts what modules contain."""
+        assert self._order is not None, "the order is known once it was traced"
         passed, soon = 0, set()
         for name in self._order[self._step :]:
             if passed >= self._limits.reuse:
@@ -234,7 +236,7 @@ class Gatherer:
                 self._counted -= weight.numel
 
 
-def limits_of(zero: Mapping[str, object]) -> Limits:
+def limits_of(zero: Mapping[str, Any]) -> Limits:
     """Return the limits of a `zero_optimization` section, DeepSpeed's defaults where it is silent."""
     return Limits(
         live=int(zero.get("stage3_max_live_parameters", 1e9)),

@@ -1,11 +1,12 @@
-"""Memory and reading while the LLM is loaded: by one process whole, by several in pieces (`model.piecewise`)."""
+"""Counts memory and reading while the LLM is loaded: by one process whole, by several in pieces (`llm.piecewise`)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from aullm_dist.model.llm import IDS_AT_ONCE
-from aullm_dist.model.piecewise import WEIGHTS_AT_ONCE
-from aullm_dist.model.quantization import BLOCK
-from aullm_dist.planning.engines import Engine, Term
+from aullm_dist.llm.backbone import IDS_AT_ONCE
+from aullm_dist.llm.piecewise import WEIGHTS_AT_ONCE
+from aullm_dist.llm.quantization import BLOCK
+from aullm_dist.planning.engines import FLOAT32, Engine, Term
 from aullm_dist.planning.skeleton import Weight
 
 BFLOAT16 = 2
@@ -21,6 +22,9 @@ def load_terms(engine: Engine, weights: Sequence[Weight], width: int) -> list[Te
         weights: all parameters.
         width: LLM width D.
     """
+    if _loads_on_host(engine, weights):
+        # Only then is it put on the GPU, parameter after parameter.
+        return [replace(term, on_host=True) for term in load_terms(replace(engine, cpu=True), weights, width)]
     frozen = [w for w in weights if not w.trainable]
     trained = sum(w.nbytes for w in weights if w.trainable)
     best: list[Term] = []
@@ -33,20 +37,29 @@ def load_terms(engine: Engine, weights: Sequence[Weight], width: int) -> list[Te
         ]
         best = _larger(best, [*there, *_one_weight(engine, weight)], engine.cpu)
         held += engine.share(weight)
-    first = next(w for w in frozen if w.name.endswith("embed_tokens.weight"))
+    # Where it has another name, the embedding is what the forward pass begins with.
+    first = next((w for w in frozen if w.name.endswith("embed_tokens.weight")), frozen[0])
     lora = sum(w.nbytes for w in weights if "lora_" in w.name)
     there = [*engine.base(weights), Term("LoRA", lora)]
-    # The scale of the soft tokens is the embeddings': so many rows are looked up at a time, and turned to float32.
+    # The scale of the soft tokens is the embeddings': so many rows are looked up at a time.
     rows = min(IDS_AT_ONCE, first.numel // width)
-    looked_up = Term("embeddings looked up", rows * width * (4 if first.itemsize == 4 else first.itemsize + 4))
+    # A GPU takes their norms in float32 without turning them first.
+    turned = FLOAT32 if engine.cpu and first.itemsize < FLOAT32 else 0
+    looked_up = Term("embeddings looked up", rows * width * (first.itemsize + turned))
     if engine.stage < 3:
         return _larger(best, [*there, looked_up], engine.cpu)
     gathered = Term("embeddings, gathered", first.nbytes)
     received = first.nbytes if engine.cpu and engine.processes > 1 else 0
     arriving = Term("embeddings as they arrive", received)
     best = _larger(best, [*there, gathered, max(looked_up, arriving, key=lambda term: term.nbytes)], engine.cpu)
-    # The other modules are built while the embeddings are there.
-    return _larger(best, [*engine.base(weights), Term("trained parameters: T", trained), gathered], engine.cpu)
+    # The other modules are built while the embeddings are there, in the machine's memory.
+    built = Term("the other trained parameters", trained - lora, True)
+    return _larger(best, [*there, built, gathered], engine.cpu)
+
+
+def _loads_on_host(engine: Engine, weights: Sequence[Weight]) -> bool:
+    """Return whether the library reads the LLM into the machine's memory: for one process, where nothing is packed."""
+    return engine.processes == 1 and engine.stage < 3 and not engine.cpu and not any(w.constants for w in weights)
 
 
 def _larger(best: list[Term], other: list[Term], cpu: bool) -> list[Term]:

@@ -1,21 +1,24 @@
-"""The plan of a run: what each process holds at each moment of it, what it sends, what it computes, and how fast.
+"""Plans a run: what each process holds at each moment of it, what it sends, what it computes, and how fast.
 
 Nothing here is fitted to a measurement. Parameters are those of the modules that the trainer builds, activations those
-of passes on tensors without values (`trace`), gathering follows DeepSpeed's rules (`gathering`), and what engines hold
+of passes on shape-only tensors (`trace`), gathering follows DeepSpeed's rules (`gathering`), and what engines hold
 follows their code (`engines`). Left out is what no dimension of the model tells: the libraries' own memory, the CUDA
 context, NCCL's buffers, the allocator's rounding. `Cluster.reserve` stands for those.
 """
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from aullm_dist.config import Config, load_strategy
+from aullm_dist.config import Config, choose_groups, load_strategy, refuse_other_sharding, to_dict
 from aullm_dist.config.checks import check
 from aullm_dist.errors import UserError
-from aullm_dist.model.architecture import config_of
+from aullm_dist.library_errors import LIBRARY_ERRORS, in_one_line
+from aullm_dist.llm.architecture import config_of
 from aullm_dist.model.counterfactual import Counts, branching, mean_and_largest
 from aullm_dist.model.prompt import Prompt
 from aullm_dist.model.reasoner import tokens_computed
@@ -24,13 +27,17 @@ from aullm_dist.planning.costs import Network, Speed, network_of, speed_of
 from aullm_dist.planning.engines import Engine, Term
 from aullm_dist.planning.gathering import Gatherer
 from aullm_dist.planning.loading import load_terms
-from aullm_dist.planning.prompts import plan_prompt
+from aullm_dist.planning.prompts import PlannedPrompt, plan_prompt
 from aullm_dist.planning.saving import save_terms
 from aullm_dist.planning.skeleton import Weight, build, weights_of
 from aullm_dist.planning.trace import Passes, trace
 
 PHASES = ("load", "start", "step", "evaluation", "save")
 _EVALUATED = Counts(1, 1, 1, 1)
+
+
+class NotPlanned(UserError):
+    """A model type whose code the planner cannot run; training may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +95,7 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes that the processes of one machine hold in its memory at most, beside their libraries.
+        """Bytes that the processes of one machine hold in its memory at most, in addition to their libraries.
 
         Process 0 alone collects what is saved.
         """
@@ -137,11 +144,42 @@ def plan(
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, processes=cluster.gpus))
     check(config)
     strategy = load_strategy(config.training.strategy)
-    deepspeed = strategy.resolved(config.training, cluster.gpus, cluster.per_node)
-    accumulation = config.training.accumulation(cluster.gpus)
-    engine = Engine.of(deepspeed, cluster.gpus, accumulation, cluster.cpu)
+    refuse_other_sharding(strategy, config.training)
+    teams = choose_groups(config.training, cluster.gpus, cluster.gpus)
+    team = cluster.gpus // teams
+    deepspeed = strategy.resolved(config.training, cluster.gpus, cluster.per_node) if teams == 1 else strategy.deepspeed
+    accumulation = config.training.accumulation(team)
+    engine = Engine.of(deepspeed, cluster.gpus, accumulation, cluster.cpu, team)
     planned = plan_prompt(config, prefix_tokens, suffix_tokens)
-    model = _Model(config, planned.prompt, llm or config_of(config.model))
+    llm = llm or config_of(config.model)
+    model = _Model(config, planned.prompt, llm)
+    with _refusing_what_runs_on_values_alone(llm):
+        return _plan(model, engine, cluster, planned, accumulation, speed)
+
+
+@contextlib.contextmanager
+def _refusing_what_runs_on_values_alone(llm: PretrainedConfig) -> Iterator[None]:
+    """Turn what modelling code raises for shape-only tensors into one line.
+
+    Raises:
+        NotPlanned: naming the model type and what was raised.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except LIBRARY_ERRORS as error:
+        raise NotPlanned(
+            f"model type {llm.model_type!r} cannot be planned: its code does not run on tensors without values "
+            f"({in_one_line(error)}); its layers, batch and strategy may work all the same"
+        ) from error
+
+
+def _plan(
+    model: "_Model", engine: Engine, cluster: Cluster, planned: PlannedPrompt, accumulation: int, speed: bool
+) -> Plan:
+    config = model.config
+    teams = choose_groups(config.training, cluster.gpus, cluster.gpus)
     weights = model.weights(in_pieces=cluster.gpus > 1 or engine.stage == 3)
     gatherer = _gatherer(engine, weights)
     step, sent, persistent = _step(model, engine, gatherer, weights)
@@ -160,10 +198,10 @@ def plan(
         config=config,
         cluster=cluster,
         engine=config.training.strategy,
-        sizes=_sizes(model, weights, accumulation),
+        sizes=_sizes(model, weights, accumulation) | ({"folds_at_once": teams} if teams > 1 else {}),
         phases=phases,
         network=network,
-        speed=model.speed(weights, cluster, accumulation, network) if speed else None,
+        speed=model.speed(weights, cluster, engine, network) if speed else None,
         activations=_both_activations(model, engine) if speed else None,
         assumptions=(planned.assumption, *_assumptions(cluster)),
     )
@@ -173,6 +211,8 @@ def _gatherer(engine: Engine, weights: list[Weight]) -> Gatherer | None:
     if engine.stage < 3:
         return None
     among = engine.second if engine.second > 1 else engine.processes
+    if engine.is_plain:
+        weights = [w for w in weights if not w.trainable]
     return Gatherer(weights, among, engine.limits, copies_on_receipt=engine.cpu and engine.processes > 1)
 
 
@@ -191,18 +231,19 @@ class _Model:
 
     def passes(self, counts: Counts, training: bool, engine: Engine) -> Passes:
         # With accumulation the gradients of earlier micro-batches are a term of their own.
-        keeps = training and engine.stage == 0 and engine.accumulation == 1
+        keeps = training and engine.is_plain and engine.accumulation == 1
         sizes = (self.prompt.prefix_tokens, self.prompt.suffix_tokens)
         key = (_key(self.config, self.llm), sizes, counts, training, keeps, engine.stage == 3)
         return _passes(key, self.config, self.llm, self.prompt)
 
-    def speed(self, weights: list[Weight], cluster: Cluster, accumulation: int, network: Network) -> Speed:
+    def speed(self, weights: list[Weight], cluster: Cluster, engine: Engine, network: Network) -> Speed:
         training = self.config.training
         mean = self.mean.times(training.micro_batch)
         # One process, with accumulation: the same passes for every engine, so that one trace serves all.
         flops = self.passes(mean, True, Engine.of(None, 1, 2, cluster.cpu)).flops
         tokens = self.tokens(mean)
-        return speed_of(weights, cluster, network, tokens, accumulation, flops, training.global_batch)
+        clips = training.global_batch * (engine.processes // engine.team)
+        return speed_of(weights, cluster, network, tokens, engine.accumulation, flops, clips)
 
     def tokens(self, counts: Counts) -> int:
         """LLM tokens of a micro-batch."""
@@ -221,7 +262,8 @@ _WEIGHTS: dict[tuple, list[Weight]] = {}
 
 def _key(config: Config, llm: PretrainedConfig) -> str:
     """Return what decides how a model is built and what its passes allocate, but for their sizes."""
-    parts = [dataclasses.asdict(config.model), dataclasses.asdict(config.data), config.training.precision]
+    groups = to_dict(config)
+    parts = [groups["model"], groups["data"], config.training.precision]
     return json.dumps([*parts, llm.to_dict()], default=str, sort_keys=True)
 
 
@@ -304,6 +346,7 @@ def _sizes(model: _Model, weights: list[Weight], accumulation: int) -> dict[str,
     return {
         "llm_weights": sum(w.weights for w in weights if not w.trainable),
         "packed_weights": sum(w.weights for w in weights if w.constants),
+        "packed_bytes": sum(w.nbytes + w.constants for w in weights if w.constants),
         "llm_bytes": sum(w.nbytes + w.constants for w in weights if not w.trainable),
         "lora_weights": lora,
         "other_trained_weights": trained - lora,
@@ -320,12 +363,23 @@ def _sizes(model: _Model, weights: list[Weight], accumulation: int) -> dict[str,
 
 
 def _assumptions(cluster: Cluster) -> tuple[str, ...]:
+    what = "process" if cluster.cpu else "GPU"
+    assumed = ["memory is that of the largest draw of branches, speed that of the mean"]
+    if cluster.cpu:
+        assumed.insert(0, "the memory of the libraries themselves is not planned")
+    else:
+        assumed.insert(
+            0,
+            f"{cluster.reserve / 2**30:.1f} GiB of a GPU for its context, NCCL and the allocator (--reserve); the "
+            "libraries' own memory is not planned",
+        )
+    if cluster.gpu_flops is None:
+        return ("nothing of how fast a CPU computes: --gpu-flops, of one process, adds times and rates", *assumed)
+    defaults = "" if cluster.cpu else "the defaults are an H100's datasheet, bf16 without sparsity, and a guess "
     return (
-        f"{cluster.gpu_flops / 1e12:.0f} TFLOP/s at the peak of a GPU, a step reaching {cluster.efficiency:.0%} of it; "
-        "the defaults are an H100's datasheet, bf16 without sparsity, and a guess (--gpu-flops, --efficiency)",
-        f"{cluster.link / 1e9:.0f} GB/s into a GPU from its machine, {cluster.interconnect / 1e9:.0f} GB/s into "
+        f"{cluster.gpu_flops / 1e12:.3g} TFLOP/s at the peak of a {what}, a step reaching {cluster.efficiency:.0%} of "
+        f"it; {defaults}(--gpu-flops, --efficiency)",
+        f"{cluster.link / 1e9:.0f} GB/s into a {what} from its machine, {cluster.interconnect / 1e9:.0f} GB/s into "
         "a machine from the others (--link, --interconnect)",
-        f"{cluster.reserve / 2**30:.1f} GiB of a GPU for its context, NCCL and the allocator (--reserve); the "
-        "libraries' own memory is not planned",
-        "memory is that of the largest draw of branches, speed that of the mean",
+        *assumed,
     )

@@ -1,15 +1,21 @@
-"""How many tokens the run's prompt has, from its tokenizer where that is at hand."""
+"""Counts the tokens of the run's prompt, by its tokenizer where that is at hand."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from aullm_dist.config import Config
+from aullm_dist.data.clips import read_samples
+from aullm_dist.data.corpora import corpus_names, get_drawable
 from aullm_dist.data.protocols import au_vocabulary
+from aullm_dist.data.records import read_report
 from aullm_dist.errors import UserError
-from aullm_dist.facs import AU_SETS
-from aullm_dist.model.prompt import QUESTION_TEXT, STRUCTURE_TEXT, Prompt, build_prompt, prefix_text
+from aullm_dist.files import user_path
+from aullm_dist.llm.stored.gguf_file import gguf_tokenizer
+from aullm_dist.llm.stored.smollm2 import SMOLLM2, packaged_file
+from aullm_dist.model.prompt import Prompt, Tokenizer, build_prompt
 from aullm_dist.planning.skeleton import prompt_of_size
+from aullm_dist.wording import QUESTION_TEXT, STRUCTURE_TEXT, prefix_text
 
 CHARACTERS_PER_TOKEN = 4
 """A rule of thumb for English in byte-pair vocabularies; rounded up."""
@@ -58,27 +64,45 @@ def _aus(config: Config) -> tuple[tuple[int, ...], str]:
     data = config.data
     if data.aus:
         return tuple(data.aus), "data.aus"
-    folders = [Path(folder).name for folder in (*data.train, *data.test)] or [data.synthetic_corpus]
-    known = [next((name for name in AU_SETS if folder.startswith(name)), None) for folder in folders]
-    if None in known:
-        folder = folders[known.index(None)]
-        raise UserError(
-            f"data: the corpus of {folder!r} is not known from its name; allowed: folders that begin with "
-            f"{', '.join(AU_SETS)}, or the AUs in data.aus=[...]"
-        )
-    corpora = sorted(set(known))
+    folders = [user_path(folder) for folder in (*data.train, *data.test)]
+    if folders:
+        corpora = sorted({corpus for folder in folders for corpus in _corpora_of(folder)})
+    else:
+        corpora = [get_drawable(data.synthetic_corpus, "data.synthetic_corpus").name]
     return au_vocabulary(corpora, data.protocol), ", ".join(corpora)
 
 
-def _tokenizer(config: Config) -> object | None:
+def _corpora_of(folder: Path) -> set[str]:
+    """Return the corpora of a prepared dataset; of one that is not there yet, what its name says.
+
+    Raises:
+        UserError: the dataset is damaged, or the folder's name begins with no corpus.
+    """
+    if report := read_report(folder):
+        return {report["corpus"]}
+    if folder.is_dir() and any(folder.iterdir()):
+        return {sample.corpus for sample in read_samples([folder])}
+    # The longest name counts: casme2 and casme3a begin with casme too.
+    names = [name for name in corpus_names() if folder.name.startswith(name)]
+    if not names:
+        raise UserError(
+            f"data: the corpus of {folder.name!r} is not known from its name; allowed: folders that exist or begin "
+            f"with {', '.join(corpus_names())}, or the AUs in data.aus=[...]"
+        )
+    return {max(names, key=len)}
+
+
+def _tokenizer(config: Config) -> Tokenizer | None:
     model = config.model
     if model.llm == "tiny":
-        from aullm_dist.model.tiny import tiny_parts
+        from aullm_dist.llm.tiny import tiny_parts
 
         return tiny_parts(model.llm_architecture, hidden=model.llm_hidden, layers=model.llm_layers)[1]
-    folder = Path(model.llm).expanduser()
+    if model.llm == SMOLLM2:
+        return gguf_tokenizer(packaged_file())
+    folder = user_path(model.llm)
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    from aullm_dist.model.llm_files import load_tokenizer
+    from aullm_dist.llm.files import load_tokenizer
 
     return load_tokenizer(str(folder), {"trust_remote_code": model.trust_remote_code, "local_files_only": True})

@@ -1,4 +1,4 @@
-"""Watches passes without values: what operations allocate and free, and when modules need their parameters.
+"""Watches shape-only passes: what operations allocate and free, and when modules need their parameters.
 
 DeepSpeed fetches a module's parameters before its passes and releases them behind. The marks between the records say
 when: they come from hooks and autograd functions in the same places.
@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from aullm_dist.model.layers import decoder_layers
-from aullm_dist.model.quantization import BLOCK
+from aullm_dist.llm.layers import decoder_layers
+from aullm_dist.llm.quantization import BLOCK
 
 Kind = Literal["begin", "fetch", "release", "middle"]
 
@@ -112,13 +112,14 @@ def _unpacked(args: Sequence[Any]) -> int:
 
 
 def watch(network: nn.Module, recorder: Recorder, keep_gradients: bool, divided: bool) -> None:
-    """Mark every module's passes where DeepSpeed's hooks are, and let go of gradients if they are not kept."""
+    """Mark every module's passes where DeepSpeed's hooks are, and release gradients if they are not kept."""
     layers = dict(decoder_layers(network))
     inside = {module for layer in layers.values() for module in layer.modules()} - set(layers.values())
     for name, module in network.named_modules():
         if module not in inside:
-            # ZeRO-3 takes the gradients of a layer when its backward pass has ended.
-            waiting = list(module.parameters()) if divided and name in layers else []
+            # ZeRO-3's engine takes the gradients of a layer when its backward pass has ended.
+            taken = divided and not keep_gradients and name in layers
+            waiting = list(module.parameters()) if taken else []
             _watch_module(name, module, recorder, waiting)
     if keep_gradients:
         return

@@ -1,4 +1,4 @@
-"""A plan for people, as tables, and for programs, as JSON."""
+"""Renders a plan for people, as tables, and for programs, as JSON."""
 
 import dataclasses
 from typing import Any
@@ -47,6 +47,11 @@ def gib(nbytes: float) -> str:
     return f"{nbytes / _GIB:.1f} GiB" if nbytes >= 0.95 * _GIB else f"{nbytes / 2**20:.0f} MiB"
 
 
+def amount(value: float) -> str:
+    """Return a number with two decimals, or with two digits where these would be zeros."""
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
+
+
 def print_plan(console: Console, name: str, plan: Plan, advice: Advice | None) -> None:
     """Print the tables of a plan.
 
@@ -67,12 +72,15 @@ def print_plan(console: Console, name: str, plan: Plan, advice: Advice | None) -
 
 def _headline(name: str, plan: Plan) -> Text:
     sizes, cluster = plan.sizes, plan.cluster
-    packed = f", {sizes['packed_weights'] / 1e9:.2f} of them in NF4" if sizes["packed_weights"] else ""
-    what = "processes on CPUs" if cluster.cpu else "GPUs" if cluster.gpus > 1 else "GPU"
+    packed = ""
+    if sizes["packed_weights"]:
+        packed = f", {sizes['packed_weights'] / 1e9:.2f} of them in NF4 ({gib(sizes['packed_bytes'])})"
+    on_cpu = "process on a CPU" if cluster.gpus == 1 else "processes on CPUs"
+    what = on_cpu if cluster.cpu else "GPUs" if cluster.gpus > 1 else "GPU"
     machines = f" in {cluster.nodes} machines" if cluster.nodes > 1 else ""
     return Text.assemble(
         (f"{name}: {cluster.gpus} {what}{machines}, {plan.engine}\n", "bold"),
-        f"LLM: {sizes['llm_weights'] / 1e9:.2f} 10^9 weights{packed}, {sizes['layers']} layers, "
+        f"LLM: {amount(sizes['llm_weights'] / 1e9)} 10^9 weights{packed}, {sizes['layers']} layers, "
         f"{gib(sizes['llm_bytes'])} without its vocabulary head\n",
         f"Trained: LoRA {sizes['lora_weights'] / 1e6:.2f}, other modules {sizes['other_trained_weights'] / 1e6:.2f} "
         "10^6 weights, float32\n",
@@ -134,27 +142,36 @@ def _traffic(plan: Plan) -> Table:
 
 def _speed(plan: Plan) -> Table:
     speed = plan.speed
-    table = Table(title="Arithmetic of an optimizer step, one GPU", title_justify="left")
+    assert speed is not None, "only a plan with arithmetic is printed"
+    what = "process" if plan.cluster.cpu else "GPU"
+    table = Table(title=f"Arithmetic of an optimizer step, one {what}", title_justify="left")
     table.add_column("")
     table.add_column("", justify="right")
-    table.add_row("floor: 4 x weights x tokens", f"{speed.floor_flops / 1e12:.2f} TFLOP")
-    table.add_row("counted: with LoRA, attention, what is computed anew", f"{speed.flops / 1e12:.2f} TFLOP")
-    table.add_row("computing at the GPU's peak", f"{speed.compute_seconds:.3g} s")
-    table.add_row("sending", f"{speed.network_seconds:.3g} s")
-    table.add_row("clips/s, at most", f"{speed.clips_per_second_at_most:.3g}")
-    table.add_row("clips/s, at the assumed efficiency", f"{speed.clips_per_second:.3g}")
+    table.add_row("floor: 4 x weights x tokens", f"{amount(speed.floor_flops / 1e12)} TFLOP")
+    table.add_row("counted: with LoRA, attention, what is computed anew", f"{amount(speed.flops / 1e12)} TFLOP")
+    rows = (
+        (f"computing at the {what}'s peak", speed.compute_seconds, " s"),
+        ("sending", speed.network_seconds, " s"),
+        ("clips/s, at most", speed.clips_per_second_at_most, ""),
+        ("clips/s, at the assumed efficiency", speed.clips_per_second, ""),
+    )
+    for name, value, unit in rows:
+        if value is not None:
+            table.add_row(name, f"{value:.3g}{unit}")
     return table
 
 
 def _verdict(plan: Plan, advice: Advice | None) -> Text:
     if plan.fits is None:
-        return Text("Give --gpu-memory (and --host-memory) to learn whether it fits.", style="bold")
+        of_process = " of one process" if plan.cluster.cpu else ""
+        return Text(f"Give --gpu-memory{of_process} (and --host-memory) to learn whether it fits.", style="bold")
     if plan.fits:
         left = (
             [] if plan.cluster.gpu_memory is None else [plan.cluster.gpu_memory - plan.cluster.reserve - plan.gpu_bytes]
         )
-        return Text(f"It fits{', ' + gib(left[0]) + ' of each GPU to spare' if left else ''}.", style="bold green")
-    lines = [(f"It does not fit: {shortfall(plan)}.\n", "bold red")]
+        what = "process" if plan.cluster.cpu else "GPU"
+        return Text(f"It fits{f', {gib(left[0])} of each {what} to spare' if left else ''}.", style="bold green")
+    lines: list[str | tuple[str, str]] = [(f"It does not fit: {shortfall(plan)}.\n", "bold red")]
     if advice is not None and advice.plan is not None:
         lines.append((f"The nearest change that fits: {' '.join(map(str, advice.changes))}", "bold"))
         lines += [f"\n  {change}: {change.reason}" for change in advice.changes]
@@ -176,7 +193,7 @@ def as_dict(name: str, plan: Plan, advice: Advice | None = None) -> dict[str, An
         "peak": {"phase": plan.gpu_peak.name, "bytes": plan.gpu_bytes, "machine_bytes": plan.host_bytes},
         "network": dataclasses.asdict(plan.network),
         "activations": plan.activations,
-        "speed": dataclasses.asdict(plan.speed),
+        "speed": None if plan.speed is None else dataclasses.asdict(plan.speed),
         "assumptions": list(plan.assumptions),
         "fits": plan.fits,
         "shortfall": shortfall(plan),

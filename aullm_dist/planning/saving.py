@@ -1,4 +1,4 @@
-"""Memory while a checkpoint is collected and written, in the process that writes it (`training.checkpoint`)."""
+"""Counts memory while a checkpoint is collected and written, in the process that writes it (`checkpoint.store`)."""
 
 from collections.abc import Sequence
 
@@ -12,17 +12,17 @@ def save_terms(engine: Engine, weights: Sequence[Weight]) -> list[Term]:
     total, largest = sum(w.nbytes for w in trained), max(w.nbytes for w in trained)
     copies = saved_copies(engine)
     terms = [Term(f"what is written: {copies}T", copies * total, True)] if copies else []
-    if engine.stage > 0:
+    if not engine.is_plain:
         terms.append(Term("one parameter, gathered", largest))
     return terms
 
 
 def saved_copies(engine: Engine) -> int:
-    """Return how many times T the writer makes anew: weights, float32 masters and two moments, unless it has them."""
+    """Return how many times T the writer copies: weights, float32 masters and two moments, unless it has them."""
     if not engine.cpu:
         return 4
     # Whole tensors that lie in the machine's memory already are written from there; moments are copied in any case.
-    return {0: 2, 1: 3, 2: 3, 3: 4}[engine.stage]
+    return {0: 2, 1: 3, 2: 3, 3: 4}[0 if engine.is_plain else engine.stage]
 
 
 def checkpoint_bytes(weights: Sequence[Weight]) -> int:

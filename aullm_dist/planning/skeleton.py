@@ -1,4 +1,4 @@
-"""The run's model without values: the trainer's own modules, on tensors that have shapes and dtypes but no storage.
+"""Builds the run's model shape-only: the trainer's own modules, on tensors with shapes and dtypes but no storage.
 
 Nothing is counted by formulas that could go stale: parameters are those of the modules that the trainer builds, and
 forward and backward passes run on `FakeTensor`s, which know the size of everything that would be allocated.
@@ -17,16 +17,19 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig
 
 from aullm_dist.config import Config
+from aullm_dist.data.views import view_channels
+from aullm_dist.llm.backbone import Backbone, choose_attention
+from aullm_dist.llm.experts import packed_shape, put_packed_experts
+from aullm_dist.llm.layers import checkpoint_activations, decoder_layers
+from aullm_dist.llm.lora import add_lora, lora_targets_of
+from aullm_dist.llm.piecewise import model_without_storage, owners
+from aullm_dist.llm.quantization import is_packed, nf4_config, prepare, valueless_state
 from aullm_dist.model.assembly import assemble
 from aullm_dist.model.aullm import AULLM
-from aullm_dist.model.layers import checkpoint_activations, decoder_layers
-from aullm_dist.model.llm import Backbone, choose_attention
-from aullm_dist.model.lora import add_lora, lora_targets_of
-from aullm_dist.model.packing import LIBRARY_NAMES, decoder_of
-from aullm_dist.model.piecewise import model_without_storage, owners, refuse_special
-from aullm_dist.model.prompt import Prompt
-from aullm_dist.model.quantization import is_packed, nf4_config, prepare, valueless_state
+from aullm_dist.model.prompt import Prompt, Readout
 from aullm_dist.model.relations import build_relations
+from aullm_dist.packing.forward import decoder_of
+from aullm_dist.packing.implementations import LIBRARY_NAMES
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +62,7 @@ class Weight:
         return self.numel * self.itemsize
 
 
-def prompt_of_size(aus: tuple[int, ...], prefix: int, suffix: int, readout: str, use_structure: bool) -> Prompt:
+def prompt_of_size(aus: tuple[int, ...], prefix: int, suffix: int, readout: Readout, use_structure: bool) -> Prompt:
     """Return a prompt of which only the lengths mean anything: P prefix tokens, S suffix tokens.
 
     Args:
@@ -101,13 +104,13 @@ def build(config: Config, llm: PretrainedConfig, prompt: Prompt, in_pieces: bool
     # Flex attention is compiled for the GPU it runs on; like prefix attention it keeps no scores.
     attention, _ = choose_attention(llm, "prefix" if model.attention == "flex" else model.attention, model.packing)
     options = {"attn_implementation": LIBRARY_NAMES.get(attention, attention)}
-    packing = nf4_config(dtype) if model.quantization == "nf4" else None
+    packing = None if model.quantization == "none" else nf4_config(dtype)
     causal_lm = model_without_storage(llm, dtype, packing, options=options, keep_head=not in_pieces)
-    if in_pieces:
-        refuse_special(causal_lm, model.llm)
+    if model.quantization == "nf4_experts":
+        put_packed_experts(causal_lm)
     causal_lm.requires_grad_(False)
     causal_lm.config.use_cache = False
-    wanted = model.lora_targets[0] if model.lora_targets == ["all-linear"] else model.lora_targets
+    wanted = model.lora_targets[0] if model.lora_targets == ("all-linear",) else model.lora_targets
     targets = lora_targets_of(causal_lm, wanted)
     with _NoFirstValues():
         wrapped = add_lora(
@@ -115,7 +118,8 @@ def build(config: Config, llm: PretrainedConfig, prompt: Prompt, in_pieces: bool
         )
     if model.activation_checkpointing != "none":
         checkpoint_activations(causal_lm, reentrant=model.activation_checkpointing == "reentrant")
-    width = decoder_of(causal_lm).config.hidden_size
+    decoder: Any = decoder_of(causal_lm)
+    width = int(decoder.config.hidden_size)
     backbone = Backbone(model=wrapped, tokenizer=None, config=llm, hidden_size=width, quantized_modules=(), reasons={})
     relations = build_relations(prompt.aus) if model.structure else None
     # The implementation that runs without values.
@@ -143,14 +147,15 @@ def weights_of(network: nn.Module, config: Config) -> list[Weight]:
     packing = nf4_config(dtype)
     layer_of = {f"{layer}.{inner}".removesuffix("."): layer for layer, inner in _modules_of_layers(network)}
     found = []
+    module: Any
     for name, attribute, module in owners(network):
         parameter = getattr(module, attribute)
         owner = name.rpartition(".")[0]
         place = (layer_of.get(owner, owner), owner in layer_of)
-        if is_packed(module, attribute):
-            weights = module.out_features * module.in_features
+        if (shape := packed_shape(module, attribute)) is not None:
+            weights = shape.numel()
             itemsize = packing.bnb_4bit_quant_storage.itemsize
-            state = valueless_state(torch.Size((module.out_features, module.in_features)), torch.bfloat16, "meta")
+            state = valueless_state(shape, torch.bfloat16, "meta")
             constants = sum(t.nbytes for t in (state.absmax, state.state2.absmax))
             found.append(Weight(name, *place, -(-weights // (2 * itemsize)), itemsize, weights, constants, False))
         else:
@@ -180,8 +185,9 @@ def valueless(network: AULLM, config: Config) -> Iterator[FakeTensorMode]:
         for module in network.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-        if config.model.quantization == "nf4":
-            prepare(network.reasoner.llm.get_base_model(), dtype)
+        if config.model.quantization != "none":
+            llm: Any = network.reasoner.llm
+            prepare(llm.get_base_model(), dtype)
         yield mode
 
 
@@ -191,11 +197,11 @@ def compute_dtype(config: Config) -> torch.dtype:
 
 
 def _dtype_of(parameter: nn.Parameter, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype once it is loaded: beside packed weights the library first makes float32 biases."""
+    """Return the dtype once it is loaded: with packed weights the library first makes float32 biases."""
     return parameter.dtype if parameter.requires_grad else dtype
 
 
-def _put_packed(module: nn.Module, dtype: torch.dtype) -> None:
+def _put_packed(module: Any, dtype: torch.dtype) -> None:
     storage = nf4_config(dtype).bnb_4bit_quant_storage
     shape = torch.Size((module.out_features, module.in_features))
     numel = -(-shape.numel() // (2 * storage.itemsize))
@@ -203,7 +209,7 @@ def _put_packed(module: nn.Module, dtype: torch.dtype) -> None:
     parameter = nn.Parameter(torch.empty(numel, 1, dtype=storage), requires_grad=False)
     module.quant_state = valueless_state(shape, dtype, "cpu")
     module.register_parameter("weight", parameter)
-    parameter.quant_state = module.quant_state
+    setattr(parameter, "quant_state", module.quant_state)  # noqa: B010 - an attribute that only bitsandbytes knows
 
 
 def batch_of(config: Config, edges: int, views: int, structures: int, branches: int) -> tuple[Tensor | None, ...]:
@@ -211,7 +217,7 @@ def batch_of(config: Config, edges: int, views: int, structures: int, branches: 
     data = config.data
     mask = torch.ones(structures, edges, dtype=torch.bool) if edges else None
     return (
-        torch.zeros(views, data.num_frames, data.size, data.size),
+        torch.zeros(views, view_channels(config.model.visual, data.num_frames), data.size, data.size),
         torch.zeros(structures, dtype=torch.int64),
         mask,
         torch.zeros(branches, 2, dtype=torch.int64),

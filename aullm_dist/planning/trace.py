@@ -1,11 +1,10 @@
-"""What forward and backward passes allocate, found by running the model without values and watching its storages.
+"""Finds what forward and backward passes allocate, by running the model shape-only and watching its storages.
 
 A decoder's layers of one kind allocate alike. So the model runs with few of them, and the records of a middle layer
 stand for all of its kind; the passes of the first and the last layer are kept as they are.
 """
 
 import contextlib
-import copy
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +12,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.integrations import moe
 
 from aullm_dist.config import Config
 from aullm_dist.log import kernels_silent
 from aullm_dist.model.aullm import AULLM
 from aullm_dist.model.counterfactual import Counts
-from aullm_dist.model.packing import decoder_of, forget_positions
 from aullm_dist.model.prompt import Prompt
+from aullm_dist.packing.forward import decoder_of
+from aullm_dist.packing.layout import forget_positions
+from aullm_dist.packing.shrink import keep_layers, layer_kinds
 from aullm_dist.planning.recorder import Record, Recorder, linear_of_zero3, replaced, watch
 from aullm_dist.planning.skeleton import batch_of, build, valueless
 
@@ -73,18 +75,14 @@ def trace(
         prompt: of the right lengths.
         counts: what its clips become.
         training: forward and backward pass with dropout; else a forward pass for answers alone.
-        keep_gradients: gradients stay beside what they belong to, as under DDP; else they count no longer than it takes
+        keep_gradients: gradients stay with what they belong to, as under DDP; else they count no longer than it takes
             to compute them.
         divided: linear layers as DeepSpeed's ZeRO-3 computes them.
     """
     chosen, kinds = _chosen_layers(llm)
 
     def run(layers: list[int]) -> tuple[list[Record], str]:
-        small = copy.deepcopy(llm)
-        small.num_hidden_layers = len(layers)
-        if getattr(small, "layer_types", None):
-            small.layer_types = [kinds[layer] for layer in layers]
-        return _run(config, small, prompt, counts, training, keep_gradients, divided)
+        return _run(config, keep_layers(llm, layers), prompt, counts, training, keep_gradients, divided)
 
     records, name = run(chosen)
     passes = _Spans(records, name, len(chosen))
@@ -111,13 +109,16 @@ def _run(
     divided: bool,
 ) -> tuple[list[Record], str]:
     """Return the records of an LLM as it is, and the name of its list of layers."""
+    if config.model.quantization == "nf4_experts":
+        # Which experts are called depends on values; passes are those of experts that nobody packed, less the weights.
+        config = config.changed({"model.quantization": "nf4"})
     # The head is never called: whether it is there makes no difference to what passes allocate.
     network = build(config, llm, prompt, in_pieces=True)
     forget_positions()
     with valueless(network, config), kernels_silent(), contextlib.ExitStack() as at_end:
         at_end.callback(forget_positions)
         linear = linear_of_zero3 if divided else nn.functional.linear
-        with Recorder() as recorder, replaced(nn.functional, "linear", linear):
+        with Recorder() as recorder, replaced(nn.functional, "linear", linear), _experts_without_values():
             recorder.ignore(network.parameters())
             recorder.ignore(network.buffers())
             watch(network, recorder, keep_gradients, divided)
@@ -133,10 +134,20 @@ def _run(
             return recorder.records(), _layers_name(network)
 
 
-def _chosen_layers(llm: PretrainedConfig) -> tuple[list[int], list[str]]:
+def _experts_without_values() -> contextlib.AbstractContextManager[None]:
+    """Keep the library from a product of grouped experts that has no shape-only form, in float32 for one."""
+    can_use = moe._can_use_grouped_mm
+
+    def has_form(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> bool:
+        return input.dtype == weight.dtype == torch.bfloat16 and can_use(input, weight, offs)
+
+    return replaced(moe, "_can_use_grouped_mm", has_form)
+
+
+def _chosen_layers(llm: PretrainedConfig) -> tuple[list[int], list[tuple[str, ...]]]:
     """Return which layers stand for all, and the kind of each: first, last, and one of each kind between them."""
-    count = llm.num_hidden_layers
-    kinds = list(getattr(llm, "layer_types", None) or ["full_attention"] * count)
+    kinds = layer_kinds(llm)
+    count = len(kinds)
     middle = {kind: layer for layer, kind in reversed(list(enumerate(kinds))) if 0 < layer < count - 1}
     return sorted({0, count - 1, *middle.values()}), kinds
 
@@ -146,7 +157,7 @@ def _layers_name(network: AULLM) -> str:
     return next(name for name, module in network.named_modules() if module is decoder.layers)
 
 
-def _missing(chosen: list[int], kinds: list[str]) -> dict[str, int]:
+def _missing(chosen: list[int], kinds: list[tuple[str, ...]]) -> dict[tuple[str, ...], int]:
     """Return how many layers of each kind others stand for."""
     missing = Counter(kinds)
     missing.subtract(kinds[layer] for layer in chosen)
@@ -163,8 +174,8 @@ class _Spans:
         self._order: list[Record | bool] = []
         after = 0
         for forward in (True, False):
-            spans = {layer: _span(records, f"{layers}.{layer}", forward) for layer in range(count)}
-            spans = {layer: span for layer, span in spans.items() if span is not None}
+            found = {layer: _span(records, f"{layers}.{layer}", forward) for layer in range(count)}
+            spans = {layer: span for layer, span in found.items() if span is not None}
             if not spans:
                 continue
             first = min(start for start, _ in spans.values())
@@ -176,7 +187,7 @@ class _Spans:
         self.outside += records[after:]
 
     def all_layers(
-        self, chosen: list[int], kinds: list[str], growth: Mapping[int, tuple[int, int]]
+        self, chosen: list[int], kinds: list[tuple[str, ...]], growth: Mapping[int, tuple[int, int]]
     ) -> Iterator[Record]:
         """Yield the records as if every layer had run; `growth` is added to peak and change of those outside."""
         position = 0
@@ -196,7 +207,7 @@ class _Spans:
                     yield replace(record, module=name)
 
 
-def _stand_in(layer: int, chosen: list[int], kinds: list[str]) -> int:
+def _stand_in(layer: int, chosen: list[int], kinds: list[tuple[str, ...]]) -> int:
     """Return the index among the layers that ran of the one that stands for `layer`."""
     if layer in chosen:
         return chosen.index(layer)

@@ -1,1 +1,1 @@
-"""Releases: a trained model in a folder that others load, its card, and its verification."""
+"""Writes, loads and verifies releases: a trained model in a folder that others load, with its card."""

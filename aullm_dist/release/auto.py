@@ -1,4 +1,4 @@
-"""AutoConfig and AutoModel for release folders: `AutoModel.from_pretrained(DIR)` after `import aullm_dist`.
+"""Registers AutoConfig and AutoModel for release folders: `AutoModel.from_pretrained(DIR)` after `import aullm_dist`.
 
 `aullm_dist.post_import` calls the two functions at the end as soon as transformers' own tables exist. transformers is
 then still importing itself, whoever began it, so nothing is taken here from it but its config class, nor from us.
@@ -18,7 +18,7 @@ class AULLMConfig(PreTrainedConfig):
 
 
 class AutoEntry:
-    """What AutoModel is told of; it stands for `release.network.AULLMModel`, which needs all of transformers."""
+    """Registered with AutoModel; it stands for `release.network.AULLMModel`, which needs all of transformers."""
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The model card and CITATION.cff of a release, written from what its run recorded."""
+"""Writes the model card and CITATION.cff of a release from what its run recorded."""
 
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,26 +7,16 @@ from importlib.resources import files
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from aullm_dist.evaluation.tables import METRICS, render
+from aullm_dist.evaluation.tables import render
 from aullm_dist.facs import au_name
-from aullm_dist.release.facts import Base, Scores, TrainingClips, corpus_title
+from aullm_dist.release.facts import Base, Scores, TrainingClips, corpus_licence, corpus_title
+from aullm_dist.release.hub_results import METRIC_TYPES, TASK, model_index
 from aullm_dist.release.layout import Format
 from aullm_dist.release.origin import Origin
 
-TASK = "video-classification"
-_METRIC_TYPES = {"f1_binary": "f1", "f1_macro": "f1", "auc": "roc_auc"}
-_MAKERS = {
-    "casme": "Institute of Psychology, Chinese Academy of Sciences",
-    "casme2": "Institute of Psychology, Chinese Academy of Sciences",
-    "casme3a": "Institute of Psychology, Chinese Academy of Sciences",
-    "casme3c": "Institute of Psychology, Chinese Academy of Sciences",
-    "samm": "Manchester Metropolitan University",
-    "4dme": "University of Oulu, Center for Machine Vision and Signal Analysis",
-    "mmew": "its makers, by the licence form on dpailab.com",
-}
 _PAPER = {
     "type": "article",
     "title": "AULLM++: Structural Reasoning with Large Language Models for Micro-Expression Recognition",
@@ -84,8 +74,8 @@ def card_text(
         tags=["facial-action-units", "facs", "micro-expressions", "aullm", facts.format],
         base_model=base.hub_name,
         base_model_relation=_relation(facts.format) if base.hub_name else None,
-        metrics=sorted(set(_METRIC_TYPES.values())) if scores.metrics else None,
-        eval_results=_eval_results(scores.metrics, synthetic) if scores.metrics else None,
+        metrics=sorted(set(METRIC_TYPES.values())) if scores.metrics else None,
+        eval_results=model_index(scores.metrics, synthetic) if scores.metrics else None,
         ignore_metadata_errors=False,
     )
     environment = Environment(
@@ -113,8 +103,8 @@ def card_text(
         scores_missing=scores.missing,
         people=_people(facts.counts),
         base_licence=base.licence or "not recorded; see its makers",
-        corpus_licences=[] if synthetic else [_corpus_licence(name) for name in corpora],
-        versions=", ".join(f"{name} {number}" for name, number in origin.manifest["versions"].items()),
+        corpus_licences=[] if synthetic else [corpus_licence(name) for name in corpora],
+        versions=", ".join(f"{name} {number}" for name, number in origin.manifest.versions.items()),
         commit=f"Commit {facts.commit}." if facts.commit else "",
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
@@ -155,34 +145,6 @@ def _relation(format: Format) -> str:
     return "adapter" if format == "adapter" else "finetune"
 
 
-def _eval_results(metrics: Mapping[str, Any], synthetic: bool) -> list[EvalResult]:
-    """Return the means over AUs in the form of the Hub's model index, in fractions."""
-    where = metrics["direction"] or ", ".join(map(corpus_title, metrics["corpora"]))
-    drawn = "drawn faces in the layout of " if synthetic else ""
-    results = []
-    for name in METRICS:
-        value = metrics["mean"][name]
-        if value is None:
-            continue
-        interval = metrics["ci"]["mean"][name] if metrics["ci"] else None
-        results.append(
-            EvalResult(
-                task_type=TASK,
-                task_name="AU detection in micro-expression clips",
-                dataset_type="-".join(metrics["corpora"]),
-                dataset_name=f"{drawn}{where}, held-out subjects of protocol {metrics['protocol']}",
-                metric_type=_METRIC_TYPES[name],
-                metric_name=f"{name}, mean over {len(metrics['aus'])} AUs, threshold {metrics['threshold']}",
-                metric_value=round(value, 4),
-                metric_args={
-                    "floor": round(metrics["floors"][name], 4),
-                    "ci95": None if interval is None else [round(end, 4) for end in interval],
-                },
-            )
-        )
-    return results
-
-
 def _crop_text(crop: Mapping[str, Any] | None) -> str:
     if crop is None:
         return "not recorded, or not the same for all corpora"
@@ -210,11 +172,4 @@ def _people(counts: Sequence[TrainingClips]) -> str:
         return "The corpora of this field hold some hundred clips of a few dozen people."
     return (
         f"It was trained on {sum(row.clips for row in counts)} clips of {sum(row.subjects for row in counts)} people."
-    )
-
-
-def _corpus_licence(name: str) -> str:
-    return (
-        f"{corpus_title(name)}: of {_MAKERS.get(name, 'its makers')}, who give it to research groups that sign for it; "
-        "read what you signed."
     )

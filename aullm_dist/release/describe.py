@@ -1,29 +1,13 @@
-"""config.json of a release: what must be known to build its model, and to use it."""
+"""Describes a release in its config.json: what must be known to build its model, and to use it."""
 
-import json
 from typing import Any
 
+from aullm_dist.checkpoint.store import MODULES_CONFIG_FILE
+from aullm_dist.config import release_settings
+from aullm_dist.files import read_json
 from aullm_dist.model.prompt import Prompt
 from aullm_dist.release.layout import Format
 from aullm_dist.release.origin import Origin
-from aullm_dist.training.checkpoint import MODULES_CONFIG_FILE
-
-# What decides the function and the shapes; how it is computed, and where the LLM is, are for whoever loads it.
-_SETTINGS = (
-    "quantization",
-    "lora_rank",
-    "lora_alpha",
-    "lora_targets",
-    "readout",
-    "packing",
-    "suffixes_per_row",
-    "evidence",
-    "evidence_heads",
-    "structure",
-    "graph_width",
-    "graph_heads",
-    "graph_layers",
-)
 
 
 def describe(origin: Origin, prompt: Prompt, format: Format) -> dict[str, Any]:
@@ -35,12 +19,12 @@ def describe(origin: Origin, prompt: Prompt, format: Format) -> dict[str, Any]:
         format: of the release.
     """
     config, thresholds = origin.config, origin.thresholds
-    function = json.loads((origin.folder / MODULES_CONFIG_FILE).read_bytes())
-    settings = {key: getattr(config.model, key) for key in _SETTINGS}
+    function = read_json(origin.folder / MODULES_CONFIG_FILE)
+    # What decides the function and the shapes; how it is computed, and where the LLM is, are for whoever loads it.
+    settings = release_settings(config)
     if format == "merged":
-        settings["quantization"] = "none"
+        settings["model"]["quantization"] = "none"
         function["quantization"] = "none"
-    shape = {"num_frames": config.data.num_frames, "size": config.data.size}
     return {
         "model_type": "aullm",
         "architectures": ["AULLMModel"],
@@ -48,16 +32,16 @@ def describe(origin: Origin, prompt: Prompt, format: Format) -> dict[str, Any]:
         "aus": list(origin.aus),
         "thresholds": {f"AU{au}": thresholds.values[au] for au in origin.aus},
         "threshold_policy": thresholds.policy,
-        "preprocessing": {**shape, "crop": origin.preparation.crop},
+        "preprocessing": {
+            "num_frames": config.data.num_frames,
+            "size": config.data.size,
+            "crop": origin.preparation.crop,
+        },
         "corpora": list(origin.preparation.corpora),
         "prompt": prompt_facts(prompt),
-        "base": origin.manifest["base"],
+        "base": origin.base.to_json(),
         "function": function,
-        "settings": {
-            "model": settings,
-            "data": {**shape, "crops": list(config.data.crops)},
-            "training": {"precision": config.training.precision},
-        },
+        "settings": settings,
     }
 
 

@@ -1,22 +1,25 @@
-"""What the model card of a release says of its run: data, training and scores, read and never remembered."""
+"""Collects model-card data (datasets, training, scores) from the files of a run."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 
 from aullm_dist.data.clips import read_samples
-from aullm_dist.data.corpora import CORPORA
+from aullm_dist.data.corpora import Provenance, find_corpus
 from aullm_dist.data.protocols import SampleInfo
 from aullm_dist.errors import UserError
 from aullm_dist.evaluation.evaluate import score_run
+from aullm_dist.evaluation.scores import Metrics
+from aullm_dist.files import read_json
+from aullm_dist.log import get_logger
 from aullm_dist.release.origin import Home, Origin, Preparation
-from aullm_dist.training.workspace import ENVIRONMENT_FILE
+from aullm_dist.runs.paths import RunPaths
+
+logger = get_logger(__name__)
 
 TINY_RECIPE = "tiny_backbone.json"
 
@@ -49,7 +52,7 @@ class Base:
 class Scores:
     """Held-out scores of a run, or why there are none."""
 
-    metrics: Mapping[str, Any] | None
+    metrics: Metrics | None
     """As `score_run` returns them."""
     missing: str
     """Why `metrics` is None; empty otherwise."""
@@ -78,7 +81,15 @@ def _counted(corpus: str, samples: Sequence[SampleInfo], aus: Sequence[int]) -> 
 
 def corpus_title(name: str) -> str:
     """Return a corpus's name as its makers write it."""
-    return CORPORA[name].title if name in CORPORA else name
+    spec = find_corpus(name)
+    return name if spec is None else spec.title
+
+
+def corpus_licence(name: str) -> str:
+    """Return the line of a corpus among the licences: who made it, and how they give it away."""
+    spec = find_corpus(name)
+    provenance = Provenance() if spec is None else spec.provenance
+    return f"{corpus_title(name)}: of {provenance.makers}, {provenance.licence}."
 
 
 def scores_of(run: Path | None) -> Scores:
@@ -88,7 +99,15 @@ def scores_of(run: Path | None) -> Scores:
     try:
         return Scores(metrics=score_run(run), missing="")
     except UserError as error:
+        logger.warning("the card has no scores: %s", error)
         return Scores(metrics=None, missing=str(error).replace(str(run), "the run"))
+
+
+_QUANTISATIONS = {
+    "none": "none",
+    "nf4": "NF4, double quantisation",
+    "nf4_experts": "NF4, double quantisation, experts included",
+}
 
 
 def describe_base(name: str) -> Base:
@@ -113,10 +132,14 @@ def describe_base(name: str) -> Base:
 
 def commit_of(home: Home | None) -> str | None:
     """Return the commit of aullm-dist that the run recorded, None where it recorded none."""
-    try:
-        return json.loads((home.run / ENVIRONMENT_FILE).read_bytes())["commit"] if home is not None else None
-    except (OSError, ValueError, KeyError):
+    if home is None or not RunPaths(home.run).environment.exists():
         return None
+    try:
+        commit = read_json(RunPaths(home.run).environment).get("commit")
+    except UserError as error:
+        logger.warning("the card names no commit: %s", error)
+        return None
+    return commit if isinstance(commit, str) else None
 
 
 def training_rows(origin: Origin) -> dict[str, str]:
@@ -130,20 +153,21 @@ def training_rows(origin: Origin) -> dict[str, str]:
             "clips": f"{len(fold.train)} trained on, {len(fold.inner)} inner held-out, {len(fold.test)} tested",
         }
     lora = f"rank {model.lora_rank}, alpha {model.lora_alpha:g}, on {', '.join(model.lora_targets)}"
-    revision = origin.manifest["base"]["revision"]
+    revision, wrapper = origin.base.revision, origin.base.wrapper
     return {
         **({"revision of the base LLM": revision} if revision else {}),
+        **({"the LLM is": f"the text decoder inside a {wrapper} model"} if wrapper else {}),
         **rows,
-        "quantisation of the base": "NF4, double quantisation" if model.quantization == "nf4" else "none",
+        "quantisation of the base": _QUANTISATIONS[model.quantization],
         "LoRA": lora,
         "read-out": model.readout,
         "precision": training.precision,
         "seed": str(training.seed),
-        "optimizer steps": f"{origin.manifest['step']}, each of {_clips_per_step(origin)} clips",
+        "optimizer steps": f"{origin.manifest.step}, each of {_clips_per_step(origin)} clips",
         "counterfactual regularization": "on" if origin.config.counterfactual.enabled else "off",
     }
 
 
 def _clips_per_step(origin: Origin) -> int:
     # Answering has no steps, so `find_trained` sets the batch to what is answered at once.
-    return origin.manifest["config"]["training"]["global_batch"]
+    return origin.manifest.config["training"]["global_batch"]

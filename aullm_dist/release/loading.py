@@ -1,18 +1,25 @@
-"""A trained model in memory: from a release folder, or straight from a checkpoint."""
+"""Loads a trained model from a release folder, or straight from a checkpoint."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
+from aullm_dist.checkpoint.compatibility import ExpectedModel, StoredModel, refuse_other_model
+from aullm_dist.checkpoint.entries import TensorTable
+from aullm_dist.checkpoint.store import SavedState, read_checkpoint
+from aullm_dist.checkpoint.tensor_plan import ADAPTER_FILE, MODULES_FILE, plan_tensors
 from aullm_dist.config import Config, from_dict
 from aullm_dist.errors import UserError
+from aullm_dist.files import read_json, user_path
+from aullm_dist.llm.identity import BaseIdentity
+from aullm_dist.model.assembly import BuiltModel
+from aullm_dist.model.networks import stream_of
 from aullm_dist.release.describe import prompt_facts
 from aullm_dist.release.layout import (
     ADAPTER_FOLDER,
@@ -24,26 +31,24 @@ from aullm_dist.release.layout import (
     read_release_manifest,
 )
 from aullm_dist.release.origin import Origin, Thresholds, find_origin
-from aullm_dist.release.predicting import Prediction, predict
-from aullm_dist.training.build import BuiltModel, build_model
-from aullm_dist.training.checkpoint import SavedState, read_checkpoint
-from aullm_dist.training.compare import refuse_other_model
-from aullm_dist.training.tensor_plan import ADAPTER_FILE, MODULES_FILE, plan_tensors
+from aullm_dist.release.predicting import Prediction, predict, views_of
+from aullm_dist.runtime.gpu import compute_float32_exactly
+from aullm_dist.training.build import build_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
     """A trained model and what must be known to use it.
 
-    The model takes gray clips `[V, T, H, W]` in 0..1 with T = `num_frames` and H = W = `size`:
-    `model.explain(views).logits` is `[V, A]`, A in the order of `aus`.
+    Of gray clips `[V, T, H, W]` in 0..1 with T = `num_frames` and H = W = `size`, `model.explain(views(clips)).logits`
+    is `[V, A]`, A in the order of `aus`.
     """
 
     path: Path
     """The release or checkpoint folder."""
-    format: Literal["adapter", "merged", "checkpoint"]
+    format: Literal["adapter", "merged", "checkpoint", "served"]
     model: nn.Module
-    """`AULLM`, or `LedCnnBaseline` of a checkpoint without an LLM; in evaluation mode, on `device`."""
+    """`AULLM`, or `NetworkAlone` of a checkpoint without an LLM; in evaluation mode, on `device`."""
     aus: tuple[int, ...]
     """AU numbers in the order of the logits."""
     thresholds: Thresholds
@@ -58,6 +63,10 @@ class Release:
     config: Config
     """The settings of its run, with the LLM where it is. A merged release has the LoRA of these in its LLM."""
     device: torch.device
+
+    def views(self, clips: Tensor) -> Tensor:
+        """Return what the model is given of gray clips `[V, T, H, W]` in 0..1: `[V, C, H, W]` float32, on `device`."""
+        return views_of(clips.float().cpu().numpy(), stream_of(self.model)).to(self.device)
 
     def predict(self, frames: np.ndarray | Sequence[np.ndarray], **options: Any) -> Prediction:
         """Answer one clip of frames in memory; arguments, shapes and errors as in `predicting.predict`."""
@@ -85,14 +94,14 @@ def load(
         UserError: there is no such folder, a file of it is missing or altered, or the LLM is not the one that the
             adapter was trained on.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     target = pick_device(device)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; allowed: a release, a checkpoint or a fold of a run")
     if is_release(folder):
         manifest = read_release_manifest(folder)
         check_files(folder, manifest, every_byte=False)
-        return load_unchecked(folder, target, manifest["tensors"], llm=llm, trust_remote_code=trust_remote_code)
+        return load_unchecked(folder, target, manifest.tensors, llm=llm, trust_remote_code=trust_remote_code)
     if (folder / CONFIG_FILE).is_file():
         raise UserError(f"{folder}: {RELEASE_FILE} is missing; allowed: a folder that aullm-dist merge wrote, whole")
     return load_origin(find_origin(folder, llm), target)
@@ -101,7 +110,7 @@ def load(
 def load_unchecked(
     folder: Path,
     device: torch.device,
-    tensors: Mapping[str, Any],
+    tensors: Mapping[str, TensorTable],
     *,
     llm: str | None = None,
     trust_remote_code: bool = False,
@@ -115,22 +124,25 @@ def load_unchecked(
         llm: see `load`.
         trust_remote_code: see `load`.
     """
-    described = json.loads((folder / CONFIG_FILE).read_bytes())
+    described = read_json(folder / CONFIG_FILE)
     config = _settings(folder, described, llm, trust_remote_code)
     # LoRA that was merged is in the LLM. No run may be set so: it trains LoRA.
     rank = config.model.lora_rank if described["format"] == "adapter" else 0
-    built = _build(replace(config, model=replace(config.model, lora_rank=rank)), tuple(described["aus"]))
+    built = _build(config.changed({"model.lora_rank": rank}), tuple(described["aus"]), device)
     files = {ADAPTER_FILE: f"{ADAPTER_FOLDER}/{ADAPTER_FILE}", MODULES_FILE: MODULES_FILE}
     plan = plan_tensors(built.model)
     refuse_other_model(
         folder,
-        {"tensors": {name: tensors.get(path, {}) for name, path in files.items()}, "base": described["base"]},
-        plan,
-        saved_config=described["function"],
-        model_config=built.model_config,
-        base=built.base if described["format"] == "adapter" else None,
-        saved_adapter=None,
-        adapter_config=None,
+        StoredModel(
+            tensors={name: tensors.get(path, {}) for name, path in files.items()},
+            config=described["function"],
+            base=BaseIdentity.from_json(described["base"]),
+        ),
+        ExpectedModel(
+            plan=plan,
+            config=built.model_config,
+            base=built.base if described["format"] == "adapter" else None,
+        ),
         with_optimizer=False,
         what="release",
     )
@@ -157,8 +169,9 @@ def load_unchecked(
 
 
 def _refuse_other_tokens(folder: Path, recorded: Mapping[str, Any], built: BuiltModel) -> None:
-    """A tokenizer that was changed on the Hub would alter every answer in silence."""
-    found = prompt_facts(built.model.reasoner.prompt)
+    """A tokenizer that was changed on the Hub would alter every answer silently."""
+    network: Any = built.model
+    found = prompt_facts(network.reasoner.prompt)
     if found != recorded:
         key = next(key for key in recorded if found[key] != recorded[key])
         raise UserError(f"{folder}: the LLM's tokenizer gives other {key} than it did in training; use that tokenizer")
@@ -167,25 +180,23 @@ def _refuse_other_tokens(folder: Path, recorded: Mapping[str, Any], built: Built
 def _settings(folder: Path, described: Mapping[str, Any], llm: str | None, trust_remote_code: bool) -> Config:
     """Return the settings that the release's model is built from, with the LLM in its place."""
     config = from_dict(described["settings"], f"{folder / CONFIG_FILE}: settings")
-    config.model.trust_remote_code = trust_remote_code
+    config = config.changed({"model.trust_remote_code": trust_remote_code})
     if described["format"] == "merged":
         if llm is not None:
             raise UserError(f"{folder}: is a merged release, which holds its LLM; leave out the LLM {llm}")
-        config.model.llm = str(folder / LLM_FOLDER)
-        return config
+        return config.changed({"model.llm": str(folder / LLM_FOLDER)})
     name = described["base"]["name"]
     # The name of a folder may look like one of the Hub's.
     was_folder = described["base"]["revision"] is None and described["base"]["files"]
     if llm is None and was_folder and not Path(name).exists():
         raise UserError(f"{folder}: its base LLM is not at {name}; say where it is with --llm, or load(..., llm=...)")
-    config.model.llm = name if llm is None else llm
-    return config
+    return config.changed({"model.llm": name if llm is None else llm})
 
 
-def _build(config: Config, aus: tuple[int, ...]) -> BuiltModel:
+def _build(config: Config, aus: tuple[int, ...], device: torch.device) -> BuiltModel:
     """Build a model and leave torch's generator as it was."""
     with torch.random.fork_rng(devices=[]):
-        return build_model(config, aus, config.model.llm)
+        return build_model(config, aus, config.model.llm, device=device)
 
 
 def load_origin(origin: Origin, device: torch.device) -> Release:
@@ -195,7 +206,7 @@ def load_origin(origin: Origin, device: torch.device) -> Release:
         UserError: a file is missing or altered, or the LLM is not the one that the adapter was trained on.
     """
     config = origin.config
-    built = _build(config, origin.aus)
+    built = _build(config, origin.aus, device)
     saved = read_checkpoint(
         origin.folder, built.model, with_optimizer=False, model_config=built.model_config, base=built.base
     )
@@ -216,11 +227,12 @@ def load_origin(origin: Origin, device: torch.device) -> Release:
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
-    """Return the device that is meant; None is the GPU if there is one.
+    """Return the device that is meant, set to compute float32 as such; None is the GPU if there is one.
 
     Raises:
         UserError: there is no such device.
     """
+    compute_float32_exactly()
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

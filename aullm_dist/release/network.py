@@ -1,4 +1,4 @@
-"""A release as a transformers model, which is what `AutoModel.from_pretrained` returns for its folder."""
+"""Wraps a release as a transformers model, which is what `AutoModel.from_pretrained` returns for its folder."""
 
 import os
 from pathlib import Path
@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from aullm_dist.files import user_path
 from aullm_dist.release.auto import AULLMConfig
 from aullm_dist.release.loading import Release, load
 
@@ -33,7 +34,7 @@ class AULLMModel(PreTrainedModel):
         self.network = release.model
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # a release fixes what the other arguments of the library choose
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *,
@@ -67,7 +68,9 @@ class AULLMModel(PreTrainedModel):
         return cls(config or AULLMConfig.from_pretrained(folder), release).eval()
 
     def forward(self, pixel_values: Tensor) -> SequenceClassifierOutput:
-        """Answer gray clips `[B, T, H, W]` in 0..1 with `logits` `[B, A]`."""
+        """Answer gray clips `[B, T, H, W]` in 0..1 with `logits` `[B, A]`; no gradient reaches clips through flow."""
+        if self.network.stream != "led":
+            pixel_values = self.release.views(pixel_values)
         index = torch.arange(len(pixel_values), device=pixel_values.device)
         branches = index[:, None].expand(-1, 2)
         return SequenceClassifierOutput(logits=self.network(pixel_values, index, None, branches).logits)
@@ -82,7 +85,7 @@ class AULLMModel(PreTrainedModel):
 
 
 def _folder_of(name_or_path: str | os.PathLike, place: dict[str, Any]) -> Path:
-    folder = Path(name_or_path).expanduser()
+    folder = user_path(name_or_path)
     if folder.exists() or os.fspath(name_or_path).count("/") != 1:
         return folder
     from huggingface_hub import snapshot_download

@@ -1,4 +1,4 @@
-"""What is known of a checkpoint beside its tensors: the run it lies in, its thresholds, and how its clips were made.
+"""Collects facts on a checkpoint in addition to its tensors: its run, its thresholds, how its clips were made.
 
 A checkpoint that was copied out of its run folder still loads; what only the run knows is then missing, and said to be.
 """
@@ -9,18 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aullm_dist.checkpoint.atomic import step_of
+from aullm_dist.checkpoint.entries import Manifest
+from aullm_dist.checkpoint.manifest import read_manifest
 from aullm_dist.config import Config
-from aullm_dist.data.prepare import REPORT_NAME
 from aullm_dist.data.protocols import FoldPlan, read_folds
+from aullm_dist.data.records import read_report
 from aullm_dist.data.synthetic.layouts import SPEC_FILE
+from aullm_dist.errors import UserError
 from aullm_dist.evaluation.evaluate import THRESHOLD_POLICY
 from aullm_dist.evaluation.metrics import HEADLINE_THRESHOLD, probability_of
 from aullm_dist.evaluation.thresholds import choose_thresholds
-from aullm_dist.training.atomic import step_of
-from aullm_dist.training.manifest import read_manifest
-from aullm_dist.training.predict import find_trained
-from aullm_dist.training.predictions import find_epochs, pool, read_predictions
-from aullm_dist.training.workspace import FOLDS_FILE
+from aullm_dist.llm.identity import BaseIdentity
+from aullm_dist.log import get_logger
+from aullm_dist.runs.paths import RunPaths, fold_number
+from aullm_dist.runs.predictions import pool, read_predictions
+from aullm_dist.runs.recorded import find_recorded
+from aullm_dist.training.trained import find_trained
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +61,17 @@ class Origin:
     folder: Path
     config: Config
     """As the run had it, but for where the LLM is."""
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     aus: tuple[int, ...]
     home: "Home | None"
     preparation: Preparation
     thresholds: Thresholds
+
+    @property
+    def base(self) -> BaseIdentity:
+        """The LLM of a checkpoint that has one."""
+        assert self.manifest.base is not None, "the baseline has no LLM, and no release"
+        return self.manifest.base
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +93,16 @@ def find_origin(path: Path, llm: str | None) -> Origin:
     Raises:
         UserError: there is no checkpoint, or what describes it cannot be read.
     """
-    trained = find_trained(path, [], processes=1)
-    if llm is not None:
-        trained.config.model.llm = llm
+    trained = find_trained(path, [] if llm is None else [f"model.llm={json.dumps(llm)}"], processes=1)
+    config = trained.config
     home = find_home(trained.folder)
     return Origin(
         folder=trained.folder,
-        config=trained.config,
+        config=config,
         manifest=read_manifest(trained.folder),
         aus=trained.aus,
         home=home,
-        preparation=find_preparation(trained.config, home),
+        preparation=find_preparation(config, home),
         thresholds=choose_release_thresholds(trained.folder, trained.aus, home),
     )
 
@@ -98,11 +110,11 @@ def find_origin(path: Path, llm: str | None) -> Origin:
 def find_home(checkpoint: Path) -> Home | None:
     """Return where `RUN/fold-NN/checkpoints/step-N` lies, None for a checkpoint that was copied out of its run."""
     fold = checkpoint.resolve().parent.parent
-    prefix, _, number = fold.name.partition("-")
-    if prefix != "fold" or not number.isdigit() or not (fold.parent / FOLDS_FILE).is_file():
+    number, paths = fold_number(fold.name), RunPaths(fold.parent)
+    if number is None or not paths.folds_file.is_file():
         return None
-    plan = read_folds(fold.parent / FOLDS_FILE)
-    return Home(fold.parent, int(number), plan) if int(number) < len(plan.folds) else None
+    plan = read_folds(paths.folds_file)
+    return Home(fold.parent, number, plan) if number < len(plan.folds) else None
 
 
 def choose_release_thresholds(checkpoint: Path, aus: Sequence[int], home: Home | None) -> Thresholds:
@@ -115,7 +127,9 @@ def choose_release_thresholds(checkpoint: Path, aus: Sequence[int], home: Home |
     if home is None:
         return Thresholds(values=fixed, policy=f"{rule}: the checkpoint lies in no run folder")
     step = step_of(checkpoint.name)
-    files = (read_predictions(path) for _, path in sorted(find_epochs(home.run, home.fold).items(), reverse=True))
+    files = (
+        read_predictions(path) for _, path in sorted(RunPaths(home.run).fold(home.fold).epochs().items(), reverse=True)
+    )
     match = next((file for file in files if file.step == step and file.aus == tuple(aus)), None)
     if match is None:
         return Thresholds(values=fixed, policy=f"{rule}: no stored answers of step {step} to choose by")
@@ -132,11 +146,12 @@ def choose_release_thresholds(checkpoint: Path, aus: Sequence[int], home: Home |
 
 def find_preparation(config: Config, home: Home | None) -> Preparation:
     """Return how the training clips were prepared: from the checkpoint, and from the reports that are still there."""
-    folders = [Path(folder) for folder in config.data.train]
+    folders = [_now(folder, config, home) for folder in config.data.train]
     if not folders and home is not None:
         # A synthetic corpus lies below the run that generated it.
-        folders = sorted((home.run / "dataset").glob("*"))
+        folders = sorted(RunPaths(home.run).datasets.glob("*"))
     found = {folder: report for folder in folders if (report := _read_report(folder)) is not None}
+    crops: list[Mapping[str, Any] | None]
     crops = [{"name": name} for name in config.data.crops] or [_crop_of(report) for report in found.values()]
     known = bool(config.data.crops) or (bool(found) and len(found) == len(folders))
     same = known and all(crop == crops[0] for crop in crops)
@@ -149,6 +164,11 @@ def find_preparation(config: Config, home: Home | None) -> Preparation:
     )
 
 
+def _now(folder: str, config: Config, home: Home | None) -> Path:
+    found = find_recorded(folder, config.training.output, home.run) if home is not None else None
+    return found or Path(folder)
+
+
 def _training_corpora(reports: Sequence[Mapping[str, Any]], home: Home | None) -> tuple[str, ...]:
     """A run knows which clips this fold trained on; without it, the datasets say what they hold."""
     if home is not None:
@@ -159,8 +179,9 @@ def _training_corpora(reports: Sequence[Mapping[str, Any]], home: Home | None) -
 
 def _read_report(folder: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_report(folder)
+    except UserError as error:
+        logger.warning("how its clips were prepared is not known: %s", error)
         return None
 
 

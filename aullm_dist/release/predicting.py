@@ -1,24 +1,42 @@
-"""What a trained model says of one clip in memory: probabilities, decisions, and on request what led to them."""
-
-from __future__ import annotations
+"""Predicts one clip in memory: probabilities, decisions, and on request what led to them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from aullm_dist.data.clips import Clip, sample_frames
+from aullm_dist.config import Config
+from aullm_dist.data.clips import Clip
 from aullm_dist.data.crops import Crop, crop_for
 from aullm_dist.data.reading import clip_of_arrays
+from aullm_dist.data.views import Stream, frames_for, view_of
 from aullm_dist.errors import UserError
 from aullm_dist.evaluation.metrics import logit_of, probability_of
+from aullm_dist.model.aullm import Explanation
+from aullm_dist.release.origin import Thresholds
 
-if TYPE_CHECKING:
-    from aullm_dist.config import Config
-    from aullm_dist.model.aullm import Explanation
-    from aullm_dist.release.loading import Release
+
+class ClipModel(Protocol):
+    """A trained model with what must be known to answer a clip; `release.loading.Release` is one."""
+
+    @property
+    def model(self) -> torch.nn.Module: ...
+    @property
+    def aus(self) -> tuple[int, ...]: ...
+    @property
+    def thresholds(self) -> Thresholds: ...
+    @property
+    def num_frames(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def crop(self) -> Mapping[str, Any] | None: ...
+    @property
+    def config(self) -> Config: ...
+    @property
+    def device(self) -> torch.device: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +60,7 @@ class Prediction:
 
 
 def predict(
-    release: Release,
+    release: ClipModel,
     frames: np.ndarray | Sequence[np.ndarray],
     *,
     onset: int | None = None,
@@ -84,11 +102,16 @@ def predict(
     )
 
 
-def explain_clip(model: torch.nn.Module, clip: Clip, num_frames: int, device: torch.device) -> Explanation:
+def explain_clip(model: Any, clip: Clip, num_frames: int, device: torch.device) -> Explanation:
     """Return a model's answer to a clip and what led to it, on the CPU."""
-    views = torch.from_numpy(sample_frames(clip, num_frames))[None].to(device)
+    views = views_of(frames_for(clip, num_frames, model.stream)[None], model.stream).to(device)
     explanation = model.explain(views)
     return type(explanation)(*(part if part is None else part.cpu() for part in explanation))
+
+
+def views_of(clips: np.ndarray, visual: Stream) -> torch.Tensor:
+    """Return what a model of a visual stream is given of gray clips `[V, T, H, W]` in 0..1: `[V, C, H, W]` float32."""
+    return torch.from_numpy(np.stack([view_of(clip, visual) for clip in clips]))
 
 
 def crops_of(config: Config, crop: Mapping[str, object] | None) -> tuple[str, ...]:

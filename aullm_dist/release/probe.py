@@ -1,4 +1,4 @@
-"""Clips of a fixed formula and the answers to them: what an export records and a verification must find again.
+"""Generates clips of a fixed formula and answers them: an export records the answers, a verification repeats them.
 
 They show no face and come from no corpus, so they may go wherever the release goes.
 """
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aullm_dist.release.layout import PROBE_FILE
+from aullm_dist.release.predicting import views_of
 
 NUM_CLIPS = 4
 TOLERANCES: Mapping[str, float] = {"float32": 1e-3, "bfloat16": 1e-1}
@@ -43,7 +44,10 @@ def probe_clips(num_frames: int, size: int) -> Tensor:
 def answer_probe(model: nn.Module, clips: Tensor) -> Tensor:
     """Return a model's logits `[n, A]` float32 on the CPU for clips `[n, T, H, W]` uint8."""
     device = next(model.parameters()).device
-    return model.explain(clips.to(device).float() / 255.0).logits.cpu().contiguous()
+    network: Any = model  # the AULLM, or a transformers model of one
+    views = views_of((clips.float() / 255.0).numpy(), network.stream)
+    logits: Tensor = network.explain(views.to(device)).logits
+    return logits.cpu().contiguous()
 
 
 def write_probe(folder: Path, probe: Probe) -> None:

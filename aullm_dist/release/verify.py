@@ -1,4 +1,4 @@
-"""Is a release folder what was exported? Every file's hash, then the recorded answers once more."""
+"""Verifies a release folder: every file's hash, then the recorded answers once more."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,16 +51,16 @@ def verify(
     check_files(folder, manifest, every_byte=True)
     target = pick_device(device)
     difference = None
-    if manifest["probe"] is not None:
-        release = load_unchecked(folder, target, manifest["tensors"], llm=llm, trust_remote_code=trust_remote_code)
-        difference = _compare(release, manifest["probe"])
+    if manifest.probe is not None:
+        release = load_unchecked(folder, target, manifest.tensors, llm=llm, trust_remote_code=trust_remote_code)
+        difference = _compare(release, manifest.probe)
     return Verification(
         folder=folder,
-        format=manifest["release_format"],
-        num_files=len(manifest["files"]),
-        num_bytes=sum(entry["size"] for entry in manifest["files"].values()),
+        format=manifest.release_format,
+        num_files=len(manifest.files),
+        num_bytes=sum(entry.size for entry in manifest.files.values()),
         device=target,
-        recorded=manifest["probe"],
+        recorded=manifest.probe,
         difference=difference,
     )
 

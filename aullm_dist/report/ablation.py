@@ -1,4 +1,4 @@
-"""The table of an ablation: arms beside the full model, on the same clips, subjects and seeds.
+"""Compares the arms of an ablation with the full model, on the same clips, subjects and seeds.
 
 Runs are sorted by what they are: the arm from their configuration, the test side from their folds, the seed. An arm is
 compared with the full model of the same test side and seed, on the same resamples of the subjects, and the differences
@@ -13,15 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from aullm_dist.config import Config, load
+from aullm_dist.config import Config, load_recorded
 from aullm_dist.data.protocols import FoldPlan
 from aullm_dist.errors import UserError
 from aullm_dist.evaluation.bootstrap import interval, mean_defined, resample
+from aullm_dist.evaluation.caveats import caveats
 from aullm_dist.evaluation.compare import check_same_clips, scores_of
 from aullm_dist.evaluation.evaluate import read_run, unfinished
+from aullm_dist.evaluation.ladder import earlier_answers
 from aullm_dist.evaluation.metrics import HEADLINE_THRESHOLD, logit_of
 from aullm_dist.report.arms import FULL, NAMES, Arm, arm_of, name_of, other_differences
-from aullm_dist.training.predictions import Pooled, PredictionFile
+from aullm_dist.runs.paths import RunPaths
+from aullm_dist.runs.predictions import Pooled, PredictionFile
 
 SCORES = ("f1_macro", "auc")
 
@@ -38,6 +41,7 @@ class ArmRun:
         family: what sides are averaged over: the cross-domain pairs together, each other side alone.
         aus: AU numbers.
         rows: its pooled test clips.
+        stages: the same clips as the earlier stages of an answer in stages left them; empty without stages.
     """
 
     path: Path
@@ -47,6 +51,7 @@ class ArmRun:
     family: str
     aus: tuple[int, ...]
     rows: Pooled
+    stages: Mapping[str, Pooled]
 
     @property
     def place(self) -> tuple[str, int]:
@@ -64,7 +69,8 @@ def ablation(runs: Sequence[Path | str], *, bootstrap: int = 1000, seed: int = 0
         seed: of the resampling.
 
     Returns:
-        `families`: per family `sides`, `seeds`, and `arms` with their scores and differences, in fractions; `notes`.
+        `families`: per family `sides`, `seeds`, `arms` with their scores and differences, and `ladder` with the scores
+        of each stage of the arms that answer in stages, in fractions; `notes`.
 
     Raises:
         UserError: no run of the full model is among them, or nothing could be paired with it.
@@ -75,7 +81,8 @@ def ablation(runs: Sequence[Path | str], *, bootstrap: int = 1000, seed: int = 0
     placed = _placed(_readable(runs, notes), notes)
     full = placed.pop(FULL, {})
     if not full:
-        raise UserError(f"none of the {len(runs)} runs is a finished run of the full model; arms are compared with it")
+        none = f"none of the {len(runs)} runs is a finished run of the full model; arms are compared with it"
+        raise UserError("; ".join([none, *notes[:3]]))
     paired = {arm: _paired(full, found, notes) for arm, found in placed.items()}
     paired = {arm: found for arm, found in paired.items() if found}
     if not paired:
@@ -86,18 +93,29 @@ def ablation(runs: Sequence[Path | str], *, bootstrap: int = 1000, seed: int = 0
     for family in dict.fromkeys(run.family for run in full.values()):
         here = {place: run for place, run in full.items() if run.family == family}
         arms = {name_of(FULL): _own_scores(here)}
+        ladder = {name_of(FULL): _stages(list(here.values()))}
         for arm in order:
             pairs = [(here[place], run) for place, run in paired[arm].items() if place in here]
             if pairs:
                 arms[name_of(arm)] = _compared(pairs, samples)
+                ladder[name_of(arm)] = _stages([run for _, run in pairs])
                 if len(pairs) < len(here):
                     notes.append(f"{name_of(arm)}, {family}: {len(pairs)} of the {len(here)} runs of the full model")
         families[family] = {
             "sides": sorted({run.side for run in here.values()}),
             "seeds": sorted({run.config.training.seed for run in here.values()}),
             "arms": arms,
+            "ladder": {name: stages for name, stages in ladder.items() if stages},
         }
-    return {"unit": "fraction", "resamples": bootstrap, "seed": seed, "families": families, "notes": notes}
+    said = caveats([run.path for found in (full, *paired.values()) for run in found.values()])
+    return {
+        "unit": "fraction",
+        "resamples": bootstrap,
+        "seed": seed,
+        "families": families,
+        "notes": notes,
+        "caveats": said,
+    }
 
 
 def problem_of(path: Path) -> str | None:
@@ -109,9 +127,10 @@ def problem_of(path: Path) -> str | None:
 
 
 def _config(path: Path) -> Config:
-    if not (path / "config.yaml").is_file():
-        raise UserError(f"{path}: no config.yaml; give the folder of a run")
-    return load(path / "config.yaml")
+    file = RunPaths(path).config
+    if not file.is_file():
+        raise UserError(f"{path}: no {file.name}; give the folder of a run")
+    return load_recorded(file)
 
 
 def _problem(path: Path, plan: FoldPlan, files: Mapping[int, PredictionFile], config: Config) -> str | None:
@@ -133,7 +152,8 @@ def _readable(runs: Sequence[Path | str], notes: list[str]) -> Iterable[ArmRun]:
             continue
         cross = plan.protocol == "cross"
         side = plan.folds[0].name if cross else f"{plan.protocol} {'+'.join(plan.corpora)}"
-        yield ArmRun(path, config, arm_of(config), side, "cross-domain" if cross else side, plan.aus, rows)
+        stages = earlier_answers(path, files, rows)
+        yield ArmRun(path, config, arm_of(config), side, "cross-domain" if cross else side, plan.aus, rows, stages)
 
 
 def _placed(runs: Iterable[ArmRun], notes: list[str]) -> dict[Arm, dict[tuple[str, int], ArmRun]]:
@@ -185,19 +205,35 @@ def _samples(runs: Sequence[ArmRun], bootstrap: int, seed: int) -> dict[Path, di
         drawn = resample(
             rows.labels, rows.logits, predicted, rows.subjects, resamples=bootstrap, seed=seed + 1_000_003 * own
         )
+        assert drawn is not None, "there are resamples, and two subjects or more"
         samples[run.path] = {name: mean_defined(drawn[name]) for name in SCORES}
     return samples
 
 
-def _mean_score(run: ArmRun, name: str) -> float:
-    value = scores_of(run.rows, run.aus)["mean"][name]
+def _mean_score(rows: Pooled, aus: Sequence[int], name: str) -> float:
+    value = scores_of(rows, aus)["mean"][name]
     return float("nan") if value is None else value
 
 
 def _own_scores(runs: dict[tuple[str, int], ArmRun]) -> dict[str, Any]:
     return {
         "runs": len(runs),
-        **{name: {"score": _mean([_mean_score(run, name) for run in runs.values()])} for name in SCORES},
+        **{name: {"score": _mean([_mean_score(run.rows, run.aus, name) for run in runs.values()])} for name in SCORES},
+    }
+
+
+def _stages(runs: Sequence[ArmRun]) -> dict[str, dict[str, float | None]]:
+    """Return the mean scores of every stage, the answer last, or nothing where a run has no stages."""
+    if not all(run.stages for run in runs):
+        return {}
+    answers = [{**run.stages, "deduction": run.rows} for run in runs]
+    return {
+        stage: {
+            name: _mean([_mean_score(found[stage], run.aus, name) for found, run in zip(answers, runs, strict=True)])
+            for name in SCORES
+        }
+        for stage in answers[0]
+        if all(stage in found for found in answers)
     }
 
 
@@ -206,14 +242,17 @@ def _compared(
 ) -> dict[str, Any]:
     result: dict[str, Any] = {"runs": len(pairs)}
     for name in SCORES:
-        changes = [_mean_score(run, name) - _mean_score(full, name) for full, run in pairs]
+        changes = [_mean_score(run.rows, run.aus, name) - _mean_score(full.rows, full.aus, name) for full, run in pairs]
         spread = None
         if samples is not None:
             drawn = np.stack([samples[run.path][name] - samples[full.path][name] for full, run in pairs])
             spread = interval(mean_defined(drawn.T))
-        groups = {"by_seed": [run.place[1] for _, run in pairs], "by_side": [run.place[0] for _, run in pairs]}
+        groups: dict[str, list[Any]] = {
+            "by_seed": [run.place[1] for _, run in pairs],
+            "by_side": [run.place[0] for _, run in pairs],
+        }
         result[name] = {
-            "score": _mean([_mean_score(run, name) for _, run in pairs]),
+            "score": _mean([_mean_score(run.rows, run.aus, name) for _, run in pairs]),
             "difference": _mean(changes),
             "ci": spread,
             **{

@@ -1,21 +1,25 @@
-"""The ablation as tables: the differences with their intervals, and how they vary over seeds and test sides."""
+"""Renders an ablation as tables: the differences with their intervals, and how they vary over seeds and test sides."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from aullm_dist.evaluation.blocks import Block, percent
+from aullm_dist.evaluation.caveats import caveat_notes, marked
 from aullm_dist.evaluation.compare import signed, span
 
 
 def ablation_blocks(result: Mapping[str, Any]) -> list[Block]:
-    """Return what `ablation` returned as tables, two for each family."""
+    """Return what `ablation` returned as tables: differences, their spread and the ladder of each family."""
     blocks = []
     for family, part in result["families"].items():
         blocks += [_differences(family, part, result), _spread(family, part)]
-    if result["notes"]:
+        if part["ladder"]:
+            blocks.append(_ladder(family, part))
+    if result["notes"] or result["caveats"]:
         first = blocks[0]
-        blocks[0] = Block(first.title, first.header, first.rows, (*first.notes, *map(_sentence, result["notes"])))
-    return blocks
+        more = (*map(_sentence, result["notes"]), *caveat_notes(result["caveats"]))
+        blocks[0] = Block(first.title, first.header, first.rows, (*first.notes, *more))
+    return marked(blocks, result["caveats"])
 
 
 def _differences(family: str, part: Mapping[str, Any], result: Mapping[str, Any]) -> Block:
@@ -56,6 +60,24 @@ def _spread(family: str, part: Mapping[str, Any]) -> Block:
         ("arm", *(head for _, _, head in columns)),
         tuple(rows),
         ("Signs that differ from column to column mean that another seed may turn the table around.",),
+    )
+
+
+def _ladder(family: str, part: Mapping[str, Any]) -> Block:
+    stages = list(dict.fromkeys(stage for arm in part["ladder"].values() for stage in arm))
+    rows = tuple(
+        (
+            name,
+            *(percent(arm[stage][score]) if stage in arm else "-" for score in ("f1_macro", "auc") for stage in stages),
+        )
+        for name, arm in part["ladder"].items()
+    )
+    heads = [stage if stage == stages[0] else f"+ {stage}" for stage in stages]
+    return Block(
+        (f"Ladder of the arms that answer in stages, {family}: f1_macro, then auc, in percent",),
+        ("arm", *heads, *heads),
+        rows,
+        ("Means over the same runs as above; each stage adds to the ones before it.",),
     )
 
 

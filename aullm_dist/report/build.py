@@ -1,4 +1,4 @@
-"""A report of one or several runs: gather the sections, then write the folder, whole or not at all."""
+"""Builds a report of one or several runs: gathers the sections, then writes the folder, whole or not at all."""
 
 import json
 import os
@@ -6,21 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from aullm_dist import __version__
-from aullm_dist.config import load, to_dict
+from aullm_dist.config import load_recorded, to_dict
 from aullm_dist.data.protocols import read_folds
 from aullm_dist.errors import UserError
+from aullm_dist.evaluation.caveats import caveats
 from aullm_dist.evaluation.evaluate import read_run, unfinished
-from aullm_dist.files import staged_folder
+from aullm_dist.files import is_new_or_empty, read_json, staged_folder
+from aullm_dist.log import get_logger
 from aullm_dist.report import reasons, results, space, training_curves
 from aullm_dist.report.model_views import Models
 from aullm_dist.report.page import Part, write_page
 from aullm_dist.report.sections import Gallery, Listing, Section, attempted
-from aullm_dist.training.manifest import library_versions
-from aullm_dist.training.workspace import CONFIG_FILE, ENVIRONMENT_FILE, FOLDS_FILE
+from aullm_dist.runs.paths import RunPaths
+from aullm_dist.versions import library_versions
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +63,9 @@ def build_report(runs: Sequence[Path], out: Path, models: Models, options: Optio
     for run in runs:
         if not run.is_dir():
             raise UserError(f"{run}: no such run folder")
-    if len({run.resolve() for run in runs}) < len(runs):
+    if len({os.path.realpath(run) for run in runs}) < len(runs):
         raise UserError("a run is given twice; give each once")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_new_or_empty(out):
         raise UserError(f"--out {out}: is not an empty folder; give a new one")
     names = _names(runs)
     try:
@@ -69,10 +74,11 @@ def build_report(runs: Sequence[Path], out: Path, models: Models, options: Optio
             if len(runs) > 1:
                 parts.append(Part("All runs", "runs", _together(names, folder, options)))
             for number, (name, run) in enumerate(names, start=1):
+                logger.info("Report of %s", name)
                 gallery = Gallery(folder, f"run{number}-" if len(runs) > 1 else "")
                 parts.append(Part(name, f"run-{number}", _run_sections(run, name, gallery, models, options)))
             versions = {"aullm_dist": __version__, **library_versions()}
-            write_page(folder, parts, [name for name, _ in names], versions)
+            write_page(folder, parts, [name for name, _ in names], versions, caveats(runs))
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); give a writable folder") from error
     said = [f"{part.title}: {text}" for part in parts for section in part.sections for text in section.missing]
@@ -118,13 +124,15 @@ def _run_sections(run: Path, name: str, gallery: Gallery, models: Models, option
             lambda section: results.tables(section, run, *how),
         ),
     ]
-    baseline = results.baseline_of(run)
-    if baseline is not None:
+    baselines = RunPaths(run).baselines()
+    for name, folder in baselines.items():
         fill = partial(
-            results.differences, gallery=gallery, pair=(baseline, run), names=("no LLM (led_cnn)", _model_name(run)),
+            results.differences, gallery=gallery, pair=(folder, run), names=(f"no LLM ({name})", _model_name(run)),
             bootstrap=options.bootstrap, seed=options.seed,
         )  # fmt: skip
-        sections.append(attempted(Section("Difference to the no-LLM baseline"), fill))
+        sections.append(attempted(Section(f"Difference to the no-LLM baseline {name}"), fill))
+    # One of them shows its features beside the model's.
+    baseline = next(iter(baselines.items()), None)
     fill = partial(training_curves.curves, gallery=gallery, run=run)
     sections.append(attempted(Section("Training curves"), fill))
     if options.models:
@@ -137,23 +145,31 @@ def _run_sections(run: Path, name: str, gallery: Gallery, models: Models, option
 
 def _model_name(run: Path) -> str:
     """Return what a run trains, for the rows of its tables; a run that does not say counts as the model."""
+    network = _network(run)
+    return f"no LLM ({network})" if network else "AULLM++"
+
+
+def _network(run: Path) -> str:
+    """Return the network of a run without an LLM; empty with an LLM, and where the run does not say."""
     try:
-        return "no LLM (led_cnn)" if load(run / CONFIG_FILE).model.llm == "none" else "AULLM++"
+        model = load_recorded(RunPaths(run).config).model
     except UserError:
-        return "AULLM++"
+        return ""
+    return model.network if model.llm == "none" else ""
 
 
 def _model_sections(
-    run: Path, baseline: Path | None, gallery: Gallery, models: Models, options: Options
+    run: Path, baseline: tuple[str, Path] | None, gallery: Gallery, models: Models, options: Options
 ) -> list[Section]:
     how = (options.bootstrap, options.seed)
     features = Section("Features of the corpora")
-    found = {}
+    found: dict[str, Any] = {}  # `fold`, `clips`, `store` and `baseline`, as far as they could be read
+    network = baseline[0] if baseline else _network(run)
 
     def load_model(section: Section) -> None:
         fold = models.fold_of(run)
-        found["fold"] = fold
-        found["clips"], found["store"] = models.explain(run, fold)
+        clips, store = models.explain(run, fold)
+        found.update(fold=fold, clips=clips, store=store)
         where = found["clips"].checkpoint.relative_to(run).as_posix()
         section.paragraphs.append(
             f"From {where} (fold {fold.index}, {fold.name}), over {len(found['clips'].sample_ids)} clips. Other folds "
@@ -162,15 +178,15 @@ def _model_sections(
 
     def load_baseline(section: Section) -> None:
         if baseline is not None and found:
-            found["baseline"] = models.explain(baseline, found["fold"], found["store"])[0]
+            found["baseline"] = models.explain(baseline[1], found["fold"], found["store"])[0]
 
     attempted(features, load_model, load_baseline)
     if "clips" not in found:
         return [features]
     clips, store, fold = found["clips"], found["store"], found["fold"]
     if "baseline" not in found and "hidden" in clips.steps:
-        features.missing.append("no no-LLM baseline beside this run; train one with training.baseline=true")
-    attempted(features, lambda section: space.corpora(section, gallery, clips, found.get("baseline"), *how))
+        features.missing.append("no no-LLM baseline in this run; train one with training.baseline=true")
+    attempted(features, lambda section: space.corpora(section, gallery, clips, found.get("baseline"), network, *how))
     sections = [
         features,
         attempted(Section("Feature evolution"), lambda section: space.evolution(section, gallery, clips, *how)),
@@ -187,30 +203,27 @@ def _model_sections(
 
 def _state(section: Section, run: Path) -> None:
     """Say how far the run is, and name the files of a run that are not there."""
-    for name in (CONFIG_FILE, ENVIRONMENT_FILE, FOLDS_FILE):
-        if not (run / name).is_file():
-            section.missing.append(f"{run}/{name}: not found")
-    plan = read_folds(run / FOLDS_FILE)
-    begun = sum((run / f"fold-{fold.index:02d}").is_dir() for fold in plan.folds)
+    paths = RunPaths(run)
+    for path in (paths.config, paths.environment, paths.folds_file):
+        if not path.is_file():
+            section.missing.append(f"{path}: not found")
+    plan = read_folds(paths.folds_file)
+    begun = sum(paths.fold(fold.index).folder.is_dir() for fold in plan.folds)
     section.paragraphs.append(
         f"Protocol {plan.protocol} on {', '.join(plan.corpora)}; AUs {', '.join(map(str, plan.aus))}; "
         f"seed {plan.seed}; folds begun: {begun} of {len(plan.folds)}."
     )
     files = read_run(run)[1]
-    behind = unfinished(files, plan, load(run / CONFIG_FILE).training)
+    behind = unfinished(files, plan, load_recorded(RunPaths(run).config).training)
     section.paragraphs.append(f"Folds trained to their last step: {len(files) - len(behind)} of {len(plan.folds)}.")
 
 
 def _environment(section: Section, run: Path) -> None:
     """Add what the run says of its machine and libraries."""
-    file = run / ENVIRONMENT_FILE
-    try:
-        text = json.dumps(json.loads(file.read_text(encoding="utf-8")), indent=1)
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error})") from None
+    text = json.dumps(read_json(RunPaths(run).environment), indent=1)
     section.listings.append(Listing("Machine, versions, commit and command of the run", text))
 
 
 def _settings(section: Section, run: Path) -> None:
-    text = yaml.safe_dump(to_dict(load(run / CONFIG_FILE)), sort_keys=False)
+    text = yaml.safe_dump(to_dict(load_recorded(RunPaths(run).config)), sort_keys=False)
     section.listings.append(Listing("Resolved settings of the run", text))

@@ -1,4 +1,4 @@
-"""How far corpora lie apart in a feature space: a number, and the picture that it belongs to.
+"""Measures how far corpora lie apart in a feature space: a number, and the picture that it belongs to.
 
 Shapes: n clips, F features.
 """
@@ -60,7 +60,9 @@ def domain_gap(
     if len(names) < 2:
         raise UserError(f"clips of one corpus alone ({', '.join(names)}): there is no gap to measure")
     if min(counts.values()) < 2:
-        raise UserError(f"corpus {min(counts, key=counts.get)} has clips of one subject; two or more are needed")
+        raise UserError(
+            f"corpus {min(names, key=lambda name: counts[name])} has clips of one subject; two or more are needed"
+        )
     answers = np.empty(len(where), dtype=where.dtype)
     dealt = _dealt(where, who, min(FOLDS, *counts.values()), seed)
     for fold in np.unique(dealt):
@@ -79,7 +81,8 @@ def domain_gap(
 def _dealt(where: np.ndarray, who: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """Return the fold of each clip `[n]`: the subjects of each corpus are shuffled and dealt, so that every fold has
     some of each corpus and none is left without one to learn from."""
-    generator, fold_of = np.random.default_rng(seed), {}
+    generator = np.random.default_rng(seed)
+    fold_of: dict[str, int] = {}
     for name in sorted(set(where.tolist())):
         people = generator.permutation(sorted(set(who[where == name].tolist())))
         fold_of |= {person: place % folds for place, person in enumerate(people.tolist())}

@@ -1,21 +1,23 @@
-"""What a report asks of trained models: checkpoints and datasets of a run, each read once."""
+"""Opens checkpoints and datasets of a run for a report, and reads each once."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from aullm_dist.config import load
+from aullm_dist.checkpoint.retention import list_checkpoints
+from aullm_dist.config import load_recorded
 from aullm_dist.data.clips import ClipStore
 from aullm_dist.data.protocols import Fold, read_folds
+from aullm_dist.data.records import INFO_NAME
+from aullm_dist.distributed import context
 from aullm_dist.errors import UserError
-from aullm_dist.training import context
-from aullm_dist.training.explain import Explained, explain_clips
-from aullm_dist.training.predict import Trained, find_trained
-from aullm_dist.training.retention import list_checkpoints
-from aullm_dist.training.workspace import CONFIG_FILE, ENVIRONMENT_FILE, FOLDS_FILE
+from aullm_dist.files import read_json
+from aullm_dist.prediction.explain import ExplainedClips, explain_clips
+from aullm_dist.runs.paths import RunPaths
+from aullm_dist.runs.recorded import find_recorded
+from aullm_dist.training.trained import Trained, find_trained
 
 
 @dataclass(slots=True)
@@ -25,7 +27,7 @@ class Models:
     Attributes:
         datasets: prepared datasets to look at; none takes those of each run.
         fold: the fold whose checkpoint is looked at; None takes a run's first fold with a checkpoint.
-        overrides: `section.key=value` of `training.predict.CHANGEABLE`.
+        overrides: `section.key=value` of `training.trained.CHANGEABLE`.
     """
 
     datasets: Sequence[Path] = ()
@@ -39,12 +41,12 @@ class Models:
         Raises:
             UserError: no fold has a checkpoint, or the run has no such fold.
         """
-        folds = read_folds(run / FOLDS_FILE).folds
+        folds = read_folds(RunPaths(run).folds_file).folds
         wanted = [fold for fold in folds if self.fold in (None, fold.index)]
         if not wanted:
             raise UserError(f"--fold {self.fold}: {run} has the folds 0 to {len(folds) - 1}")
         for fold in wanted:
-            if list_checkpoints(run / f"fold-{fold.index:02d}" / "checkpoints"):
+            if list_checkpoints(RunPaths(run).fold(fold.index).checkpoints):
                 return fold
         which = "any fold" if self.fold is None else f"fold {self.fold}"
         raise UserError(f"{run}: there is no checkpoint of {which}; features and pictures of the model need one")
@@ -58,23 +60,28 @@ class Models:
         size, crops = trained.config.data.size, trained.config.data.crops
         if self.datasets:
             return ClipStore(self.datasets, size, crops)
-        config = load(run / CONFIG_FILE)
-        named = [Path(path) for path in (*config.data.train, *config.data.test)]
+        config = load_recorded(RunPaths(run).config)
+        named = [
+            find_recorded(path, config.training.output, run.absolute() / "fold") or Path(path)
+            for path in (*config.data.train, *config.data.test)
+        ]
         if named:
             return _of_the_run(run, [ClipStore(named, size, crops)])
         # A synthetic corpus lies below the run, perhaps beside those of earlier settings.
-        folders = sorted(path.parent for path in (run / "dataset").glob("*/dataset_info.json"))
+        folders = sorted(path.parent for path in RunPaths(run).datasets.glob(f"*/{INFO_NAME}"))
         if not folders:
-            raise UserError(f"{run}/dataset: the run's synthetic corpus is gone; train again, or give --data")
+            raise UserError(
+                f"{RunPaths(run).datasets}: the run's synthetic corpus is gone; train again, or give --data"
+            )
         return _of_the_run(run, [ClipStore([folder], size, crops) for folder in folders])
 
-    def explain(self, run: Path, fold: Fold, store: ClipStore | None = None) -> tuple[Explained, ClipStore]:
+    def explain(self, run: Path, fold: Fold, store: ClipStore | None = None) -> tuple[ExplainedClips, ClipStore]:
         """Show the clips of `store`, or those of the run, to the newest valid checkpoint of a fold.
 
         Raises:
             UserError: there is none, or checkpoint, LLM or datasets cannot be used.
         """
-        trained = find_trained(run / f"fold-{fold.index:02d}", self.overrides, 1)
+        trained = find_trained(RunPaths(run).fold(fold.index).folder, self.overrides, 1)
         store = store or self.store_of(run, trained)
         if self._accelerator is None:
             self._accelerator = context.start(trained.config.training)
@@ -82,12 +89,8 @@ class Models:
 
 
 def _of_the_run(run: Path, stores: Sequence[ClipStore]) -> ClipStore:
-    file = run / ENVIRONMENT_FILE
-    try:
-        wanted = json.loads(file.read_text(encoding="utf-8")).get("data_sha256")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); give the datasets with --data") from None
+    wanted = read_json(RunPaths(run).environment, "give the datasets with --data").get("data_sha256")
     for store in stores:
         if store.fingerprint == wanted:
             return store
-    raise UserError(f"{run}: its datasets changed since it was trained; give those to look at with --data")
+    raise UserError(f"{run}: its datasets changed since it was trained; give those to use with --data")

@@ -1,4 +1,4 @@
-"""The page of a report, from its Jinja2 template; everything that comes from a run is escaped."""
+"""Renders the page of a report from its Jinja2 template; everything that comes from a run is escaped."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,14 +22,17 @@ class Part:
     sections: Sequence[Section]
 
 
-def write_page(folder: Path, parts: Sequence[Part], runs: Sequence[str], versions: Mapping[str, str]) -> Path:
-    """Write `index.html` beside the figures and return its path.
+def write_page(
+    folder: Path, parts: Sequence[Part], runs: Sequence[str], versions: Mapping[str, str], caveats: Sequence[str] = ()
+) -> Path:
+    """Write `index.html` next to the figures and return its path.
 
     Args:
         folder: of the report.
         parts: what it shows.
         runs: names of the runs, for the heading.
         versions: of the libraries that made the report.
+        caveats: what a reader must know before any number, as sentences without a full stop.
     """
     # StrictUndefined: a misspelt name in the template is an error and not an empty place.
     environment = Environment(
@@ -37,5 +40,7 @@ def write_page(folder: Path, parts: Sequence[Part], runs: Sequence[str], version
         lstrip_blocks=True,
     )  # fmt: skip
     path = folder / PAGE
-    write_text(path, environment.get_template(TEMPLATE).render(parts=parts, runs=runs, versions=versions))
+    write_text(
+        path, environment.get_template(TEMPLATE).render(parts=parts, runs=runs, versions=versions, caveats=caveats)
+    )
     return path

@@ -1,4 +1,4 @@
-"""What led to the answers: where on the face the evidence was, and what the edges of the AU graph carried."""
+"""Shows what led to the answers: where on the face the evidence was, and what the edges of the AU graph carried."""
 
 import numpy as np
 
@@ -11,13 +11,13 @@ from aullm_dist.figures.graph import draw_graph
 from aullm_dist.figures.relations import draw_relations
 from aullm_dist.figures.style import FONT_POINTS, bare, colour_bar, new_figure
 from aullm_dist.model.relations import AURelations
+from aullm_dist.prediction.explain import ExplainedClips, frames_of
 from aullm_dist.report.sections import Gallery, Picture, Section
-from aullm_dist.training.explain import Explained, frames_of
 
 _COLUMNS = 4
 
 
-def choose_clips(clips: Explained, fold: Fold, count: int, seed: int) -> list[int]:
+def choose_clips(clips: ExplainedClips, fold: Fold, count: int, seed: int) -> list[int]:
     """Return the indices of example clips, drawn by the seed and not by looking: test clips of different subjects.
 
     Clips with an active AU come first; where there are too few subjects, a subject comes again.
@@ -26,7 +26,9 @@ def choose_clips(clips: Explained, fold: Fold, count: int, seed: int) -> list[in
     known = [index for index, name in enumerate(clips.sample_ids) if name in tested] or list(range(len(clips.subjects)))
     order = np.random.default_rng(seed).permutation(known).tolist()
     order.sort(key=lambda index: not clips.labels[index].any())
-    first, again, seen = [], [], set()
+    first: list[int] = []
+    again: list[int] = []
+    seen: set[str] = set()
     for index in order:
         (again if clips.subjects[index] in seen else first).append(index)
         seen.add(clips.subjects[index])
@@ -34,7 +36,7 @@ def choose_clips(clips: Explained, fold: Fold, count: int, seed: int) -> list[in
 
 
 def evidence(
-    section: Section, gallery: Gallery, clips: Explained, store: ClipStore, fold: Fold, count: int, seed: int
+    section: Section, gallery: Gallery, clips: ExplainedClips, store: ClipStore, fold: Fold, count: int, seed: int
 ) -> None:
     """Add the evidence maps of example clips over their middle frame.
 
@@ -58,7 +60,7 @@ def evidence(
         section.pictures.append(_evidence_picture(gallery, clips, index, views[len(views) // 2], number))
 
 
-def _evidence_picture(gallery: Gallery, clips: Explained, index: int, frame: np.ndarray, number: int) -> Picture:
+def _evidence_picture(gallery: Gallery, clips: ExplainedClips, index: int, frame: np.ndarray, number: int) -> Picture:
     heads = clips.steps["evidence"][index]
     maps = [(f"head {head + 1}", weights) for head, weights in enumerate(heads)]
     active = [column for column in range(len(clips.aus)) if clips.labels[index, column]]
@@ -83,7 +85,7 @@ def _evidence_picture(gallery: Gallery, clips: Explained, index: int, frame: np.
     )  # fmt: skip
 
 
-def graph(section: Section, gallery: Gallery, clips: Explained) -> None:
+def graph(section: Section, gallery: Gallery, clips: ExplainedClips) -> None:
     """Add strengths and influence of the graph's edges, mean over the clips, per edge and per relation.
 
     Raises:
@@ -100,7 +102,8 @@ def graph(section: Section, gallery: Gallery, clips: Explained) -> None:
         section.tables.append(_relation_table(clips.relations, key, clips.steps[key]))
 
 
-def _graph_pictures(gallery: Gallery, clips: Explained, key: str) -> list[Picture]:
+def _graph_pictures(gallery: Gallery, clips: ExplainedClips, key: str) -> list[Picture]:
+    assert clips.relations is not None, "only a model with a graph has strengths"
     edges, values = clips.relations.describe(), clips.steps[key].mean(axis=0)
     figure, axes = new_figure(4.6, 4.6)
     image = draw_graph(axes[0, 0], clips.aus, edges, values, title=f"mean {key}")

@@ -1,19 +1,22 @@
-"""The tables of a run, per AU and beside its baseline, and the differences between two runs as a figure."""
+"""Shows the tables of a run, per AU and next to its baseline, and the differences between two runs as a figure."""
 
 from pathlib import Path
 from typing import Any
 
 from aullm_dist.errors import UserError
 from aullm_dist.evaluation.blocks import Block, interval_text, percent
+from aullm_dist.evaluation.caveats import KNOWN_CAVEATS, caveat_notes, caveats, marked
 from aullm_dist.evaluation.compare import compare_blocks, compare_runs, scores_of
 from aullm_dist.evaluation.evaluate import read_run, score_run
+from aullm_dist.evaluation.scores import Metric
 from aullm_dist.evaluation.summary import zeroed_answers
 from aullm_dist.evaluation.tables import metric_blocks
 from aullm_dist.figures.differences import draw_differences
 from aullm_dist.figures.style import new_figure
 from aullm_dist.report.sections import Gallery, Picture, Section
+from aullm_dist.runs.paths import RunPaths
 
-SCORES = ("f1_binary", "f1_macro", "auc")
+SCORES: tuple[Metric, ...] = ("f1_binary", "f1_macro", "auc")
 
 
 def tables(section: Section, run: Path, bootstrap: int, seed: int) -> None:
@@ -29,16 +32,18 @@ def methods(section: Section, run: Path, label: str) -> None:
     metrics = score_run(run, bootstrap=0)
     scored = {label: scores_of(rows, plan.aus)}
     names = {"content": "content token (CT) zeroed", "instruction": "instruction token (IT) zeroed"}
-    for token, without in zeroed_answers(run).items():
-        scored[f"{label}, {names[token]}"] = scores_of(without, plan.aus)
-    baseline = baseline_of(run)
-    if baseline is not None:
+    try:
+        for token, without in zeroed_answers(run).items():
+            scored[f"{label}, {names[token]}"] = scores_of(without, plan.aus)
+    except UserError as error:
+        section.missing.append(f"soft tokens zeroed: {error}")
+    for name, folder in RunPaths(run).baselines().items():
         try:
-            other, _, answers = read_run(baseline)
+            other, _, answers = read_run(folder)
         except UserError as error:
-            section.missing.append(f"baseline: {error}")
+            section.missing.append(f"baseline {name}: {error}")
         else:
-            scored["no LLM (led_cnn)"] = scores_of(answers, other.aus)
+            scored[f"no LLM ({name})"] = scores_of(answers, other.aus)
     keys = [f"AU{au}" for au in plan.aus]
     for score in SCORES:
         body = [
@@ -47,20 +52,9 @@ def methods(section: Section, run: Path, label: str) -> None:
         ]
         floors = [metrics["per_au"][key]["floors"][score] for key in keys]
         body.append(("floor", *map(percent, floors), percent(metrics["floors"][score])))
-        section.tables.append(
-            Block(
-                (f"{score} per AU{'' if score == 'auc' else ', threshold 0.5'}, in percent",),
-                ("method", *keys, "mean"),
-                tuple(body),
-                (),
-            )
-        )
-
-
-def baseline_of(run: Path) -> Path | None:
-    """Return the folder of a run's no-LLM baseline, None where it has none."""
-    folder = run / "baseline"
-    return folder if (folder / "folds.json").is_file() else None
+        title = (f"{score} per AU{'' if score == 'auc' else ', threshold 0.5'}, in percent",)
+        block = Block(title, ("method", *keys, "mean"), tuple(body), notes=())
+        section.tables += marked([block], metrics["caveats"])
 
 
 def differences(
@@ -71,6 +65,7 @@ def differences(
     result = {**result, "first": names[0], "second": names[1]}
     section.pictures += [_difference_picture(gallery, result, score) for score in ("f1_macro", "auc")]
     section.tables += compare_blocks(result)
+    section.missing += [text for text in result["caveats"] if text not in KNOWN_CAVEATS]
 
 
 def _difference_picture(gallery: Gallery, result: dict[str, Any], score: str) -> Picture:
@@ -115,4 +110,6 @@ def overview(section: Section, runs: list[tuple[str, Path]], bootstrap: int, see
         note = (
             "Means over the AUs of each run. Runs of other AUs, or tested on other clips, cannot be compared by them."
         )
-        section.tables.append(Block(("Mean scores of each run, in percent",), header, tuple(body), (note,)))
+        known = caveats([run for _, run in runs])
+        block = Block(("Mean scores of each run, in percent",), header, tuple(body), (note, *caveat_notes(known)))
+        section.tables += marked([block], known)

@@ -1,4 +1,4 @@
-"""The parts of a report: sections with tables and pictures, and what is missing from them."""
+"""Defines the parts of a report: sections with tables and pictures, and what is missing from them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,13 +9,17 @@ from matplotlib.figure import Figure
 
 from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.evaluation.blocks import Block
+from aullm_dist.figures.style import missing_letters_told
+from aullm_dist.log import get_logger
+
+logger = get_logger(__name__)
 
 _DOTS_PER_INCH = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A figure on disk: file name without ending, what it shows, and what a reader who cannot see it is told."""
+    """A figure on disk: file name without ending, what it shows, and the text for a reader who cannot see it."""
 
     name: str
     caption: str
@@ -57,15 +61,17 @@ class Gallery:
     def add(self, figure: Figure, name: str, caption: str, alt: str) -> Picture:
         """Write a figure and return how the page refers to it; equal figures give equal bytes."""
         stem = f"{self._prefix}{name}"
-        figure.savefig(self._folder / f"{stem}.png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
-        # Letters become outlines: the reader's machine need not have the font.
-        with matplotlib.rc_context({"svg.hashsalt": stem, "svg.fonttype": "path"}):
-            figure.savefig(self._folder / f"{stem}.svg", metadata={"Date": None, "Creator": None})
+        with missing_letters_told():
+            figure.savefig(self._folder / f"{stem}.png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
+            # Letters become outlines: the reader's machine need not have the font.
+            with matplotlib.rc_context({"svg.hashsalt": stem, "svg.fonttype": "path"}):
+                figure.savefig(self._folder / f"{stem}.svg", metadata={"Date": None, "Creator": None})
         return Picture(stem, caption, alt)
 
 
 def attempted(section: Section, *fill: Callable[[Section], None]) -> Section:
     """Run each function on the section; what a missing or damaged file keeps from being shown is said in its place."""
+    logger.info("  %s", section.title)
     for step in fill:
         try:
             step(section)

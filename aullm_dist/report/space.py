@@ -1,4 +1,4 @@
-"""Where corpora lie in the features of a model: t-SNE, and the number that stands for the picture."""
+"""Shows where corpora lie in the features of a model: t-SNE, and the number that stands for the picture."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from aullm_dist.errors import UserError
 from aullm_dist.evaluation.blocks import Block
 from aullm_dist.figures.embedding import draw_embedding
 from aullm_dist.figures.style import new_figure
+from aullm_dist.prediction.explain import ExplainedClips
 from aullm_dist.report.domain_gap import MOST_POINTS, domain_gap, embed
 from aullm_dist.report.sections import Gallery, Section
-from aullm_dist.training.explain import Explained
 
 EVOLUTION = {
     "high": "visual summary",
@@ -30,39 +30,52 @@ class Space:
     values: np.ndarray
 
 
-def answered_from(clips: Explained) -> Space:
-    """Return the features that a model's head reads: the final hidden state, or without an LLM the visual summary."""
+def answered_from(clips: ExplainedClips, network: str) -> Space:
+    """Return the features that a model's head reads: the final hidden state, or without an LLM the summary.
+
+    Args:
+        clips: what the model makes of them.
+        network: name of a network without an LLM, should this be one.
+    """
     if "hidden" in clips.steps:
         return Space("AULLM++, final hidden state", clips.steps["hidden"])
-    return Space("no LLM (led_cnn), visual summary", clips.steps["high"])
+    return Space(f"no LLM ({network}), visual summary", clips.steps["high"])
 
 
 def corpora(
-    section: Section, gallery: Gallery, clips: Explained, baseline: Explained | None, bootstrap: int, seed: int
+    section: Section,
+    gallery: Gallery,
+    clips: ExplainedClips,
+    baseline: ExplainedClips | None,
+    network: str,
+    bootstrap: int,
+    seed: int,
 ) -> None:
     """Add a t-SNE by corpus of the baseline and of the model, and how well a classifier tells the corpora."""
     section.paragraphs.append(
         "High-level features are what the head reads. In a t-SNE only neighbourhoods mean something: distances between "
         "clusters, their sizes and the axes do not. The table measures what the picture suggests."
     )
-    shown = [answered_from(clips)] if baseline is None else [answered_from(baseline), answered_from(clips)]
+    shown = [answered_from(part, network) for part in (baseline, clips) if part is not None]
     groups, kind = (clips.corpora, "corpus") if len(set(clips.corpora)) > 1 else (_active(clips), "label")
     for index, space in enumerate(shown):
         _picture(section, gallery, space, groups, kind, f"tsne-{index}", seed)
-    gaps(section, shown, clips, bootstrap, seed, "How well the corpus of a clip can be told, in percent")
+    gaps(section, shown, clips, bootstrap, seed, "How well the corpus of a clip can be recognised, in percent")
 
 
-def evolution(section: Section, gallery: Gallery, clips: Explained, bootstrap: int, seed: int) -> None:
+def evolution(section: Section, gallery: Gallery, clips: ExplainedClips, bootstrap: int, seed: int) -> None:
     """Add a t-SNE of each step from the visual backbone to the final hidden state, coloured by the commonest AU."""
     spaces = [Space(name, clips.steps[key]) for key, name in EVOLUTION.items() if key in clips.steps]
     if len(spaces) < 2:
         raise UserError(f"{clips.checkpoint}: a model without an LLM has one step, its visual summary")
     for index, space in enumerate(spaces):
         _picture(section, gallery, space, _active(clips), "label", f"evolution-{index}", seed)
-    gaps(section, spaces, clips, bootstrap, seed, "How well the corpus can be told at each step, in percent")
+    gaps(section, spaces, clips, bootstrap, seed, "How well the corpus can be recognised at each step, in percent")
 
 
-def gaps(section: Section, spaces: Sequence[Space], clips: Explained, bootstrap: int, seed: int, title: str) -> None:
+def gaps(
+    section: Section, spaces: Sequence[Space], clips: ExplainedClips, bootstrap: int, seed: int, title: str
+) -> None:
     """Add a row per feature space with the balanced accuracy of a corpus classifier, and one for the labels alone.
 
     Raises:
@@ -96,7 +109,7 @@ def _picture(
     section.pictures.append(gallery.add(figure, name, caption, f"t-SNE scatter of {space.name} by {kind} ({counts})"))
 
 
-def _active(clips: Explained) -> tuple[str, ...]:
+def _active(clips: ExplainedClips) -> tuple[str, ...]:
     """Return for each clip whether the AU that is nearest to half of the clips is active."""
     shares = clips.labels.mean(axis=0)
     column = int(np.argmin(np.abs(shares - 0.5)))

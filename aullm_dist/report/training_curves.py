@@ -1,4 +1,4 @@
-"""Training curves, read from the TensorBoard event files of a run."""
+"""Reads training curves from the TensorBoard event files of a run."""
 
 import logging
 from pathlib import Path
@@ -8,7 +8,9 @@ import numpy as np
 from aullm_dist.errors import UserError
 from aullm_dist.figures.curves import Curve, draw_curves, median_curve
 from aullm_dist.figures.style import new_figure
+from aullm_dist.monitoring.writer import LOSS
 from aullm_dist.report.sections import Gallery, Section
+from aullm_dist.runs.paths import RunPaths
 
 TAGS = {
     "loss/loss": ("training loss (no unit)", "training loss", 1.0),
@@ -22,7 +24,8 @@ TAGS = {
 def read_scalars(folder: Path) -> dict[str, Curve]:
     """Return every scalar of a fold's event files: tag -> (steps `[n]`, values `[n]`).
 
-    Of values written twice for a step, as by a run that was resumed, the last one counts.
+    Of values written twice for a step, as by a run that was resumed, the last one counts. Losses are named `loss/...`,
+    as older runs wrote them.
     """
     from tensorboard.backend.event_processing import event_accumulator
 
@@ -32,12 +35,13 @@ def read_scalars(folder: Path) -> dict[str, Curve]:
     kinds = dict.fromkeys(event_accumulator.DEFAULT_SIZE_GUIDANCE, 1)
     events = event_accumulator.EventAccumulator(str(folder), size_guidance={**kinds, event_accumulator.SCALARS: 0})
     events.Reload()
-    found = {}
+    values: dict[str, dict[int, float]] = {}
     for tag in events.Tags()[event_accumulator.SCALARS]:
-        values = {event.step: event.value for event in events.Scalars(tag)}
-        steps = sorted(values)
-        found[tag] = (np.array(steps), np.array([values[step] for step in steps]))
-    return found
+        name = tag.replace(f"{LOSS}/", "loss/", 1) if tag.startswith(f"{LOSS}/") else tag
+        values[name] = values.get(name, {}) | {event.step: event.value for event in events.Scalars(tag)}
+    return {
+        name: (np.array(sorted(own)), np.array([own[step] for step in sorted(own)])) for name, own in values.items()
+    }
 
 
 def curves(section: Section, gallery: Gallery, run: Path) -> None:
@@ -46,16 +50,19 @@ def curves(section: Section, gallery: Gallery, run: Path) -> None:
     Raises:
         UserError: the run has no event files.
     """
-    folders = sorted(path for path in (run / "tensorboard").glob("fold-*") if path.is_dir())
+    paths = RunPaths(run)
+    folders = [path for path in (fold.tensorboard for fold in paths.folds().values()) if path.is_dir()]
     scalars = {folder.name: read_scalars(folder) for folder in folders}
     empty = [name for name, found in scalars.items() if not found]
     if len(empty) == len(scalars):
-        raise UserError(f"{run}/tensorboard: no event files with scalars; monitor.tensorboard was off, or nothing ran")
-    section.missing += [f"{run}/tensorboard/{name}: no scalars" for name in empty]
+        raise UserError(
+            f"{paths.tensorboard}: no event files with scalars; monitor.tensorboard was off, or nothing ran"
+        )
+    section.missing += [f"{paths.tensorboard}/{name}: no scalars" for name in empty]
     for tag, (ylabel, name, factor) in TAGS.items():
         own = {fold: (found[tag][0], factor * found[tag][1]) for fold, found in scalars.items() if tag in found}
         if not own:
-            section.missing.append(f"{run}/tensorboard: no scalar {tag}")
+            section.missing.append(f"{paths.tensorboard}: no scalar {tag}")
             continue
         figure, axes = new_figure(4.6, 3.0)
         draw_curves(axes[0, 0], own, ylabel=ylabel)

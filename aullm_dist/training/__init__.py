@@ -1,1 +1,1 @@
-"""The training room: the loop, its checkpoints, and what keeps a run alive on a cluster."""
+"""Trains a model: folds, steps, the objective and the optimizer."""

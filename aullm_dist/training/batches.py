@@ -1,4 +1,4 @@
-"""Batches: clips of a view, their counterfactual twins, and the index tables that tie them into branches.
+"""Makes batches: clips of a view, their counterfactual twins, and the index tables that tie them into branches.
 
 Everything random about a clip is keyed by (seed, epoch, sample id), never by rank or by a global generator, so that a
 clip meets the same cut, augmentation and interventions whatever process draws it.
@@ -7,16 +7,22 @@ clip meets the same cut, augmentation and interventions whatever process draws i
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from aullm_dist.data.clips import Clip, ClipView, augment, sample_frames
+from aullm_dist.data.clips import Clip, ClipView, augment
+from aullm_dist.data.order import BatchPlan, SampleStream, generator
+from aullm_dist.data.views import Stream, frames_for, view_of
 from aullm_dist.model.counterfactual import Chances, change_appearance, draw_interventions, remove_movement
-from aullm_dist.signals import stand_apart
-from aullm_dist.training.order import BatchPlan, SampleStream, generator
+from aullm_dist.runtime.signals import stand_apart
+
+if TYPE_CHECKING:
+    # At run time it would bring pyarrow along, which training on arrays does without.
+    from aullm_dist.data.inputs import InputClips
 
 StructureEdit = Callable[[np.random.Generator], np.ndarray]
 
@@ -29,21 +35,25 @@ class ClipRecipe:
         num_frames: T.
         cut_fraction: largest share cut off either end in training.
         augment: whether training clips are moved and scaled.
+        neutral_share: share of training clips that are seen without their movement, with no AU as their label.
         chances: interventions to draw; none are drawn for evaluation.
         prior_mask: `[E]` edges of the factual structure; None without a graph.
         edit_structure: draws the edge mask of one structure intervention.
         contradiction: whether a neutral twin is also crossed with its clip.
         seed: key of every draw.
+        visual: what a view holds.
     """
 
     num_frames: int
     cut_fraction: float = 0.0
     augment: bool = False
+    neutral_share: float = 0.0
     chances: Chances = Chances(0, {})
     prior_mask: np.ndarray | None = None
     edit_structure: StructureEdit | None = None
     contradiction: bool = False
     seed: int = 0
+    visual: Stream = "led"
 
 
 @dataclass(slots=True)
@@ -66,7 +76,7 @@ class Batch:
     Attributes:
         sample_ids: B ids.
         labels: `[B, A]`.
-        views: `[V, T, H, W]` float32 in 0..1.
+        views: `[V, C, H, W]` float32, what `data.views.view_of` makes of clips and twins.
         view_index: `[G]` view of each structure.
         edge_mask: `[G, E]` bool, or None without a graph.
         branches: `[K, 2]` (view, structure).
@@ -108,7 +118,7 @@ class Batch:
         return self
 
 
-def make_sample(view: ClipView, index: int, label: np.ndarray, recipe: ClipRecipe, epoch: int) -> Sample:
+def make_sample(view: "ClipView | InputClips", index: int, label: np.ndarray, recipe: ClipRecipe, epoch: int) -> Sample:
     """Decode clip `index`, augment it and draw its interventions for `epoch`."""
     return sample_of_clip(view.clip(index), label, recipe, epoch)
 
@@ -117,7 +127,7 @@ def sample_of_clip(clip: Clip, label: np.ndarray, recipe: ClipRecipe, epoch: int
     """Augment a decoded clip and draw its interventions for `epoch`."""
     rng = generator(recipe.seed, "clip", epoch, clip.sample_id)
     cut = tuple(rng.uniform(0.0, recipe.cut_fraction, size=2)) if recipe.cut_fraction else (0.0, 0.0)
-    frames = sample_frames(clip, recipe.num_frames, cut)
+    frames = frames_for(clip, recipe.num_frames, recipe.visual, cut)
     if recipe.augment:
         # The onset frame passes through the same augmentation, as the neutral twin is made from it.
         onset = clip.frames[:1].astype(np.float32) / 255.0
@@ -125,9 +135,13 @@ def sample_of_clip(clip: Clip, label: np.ndarray, recipe: ClipRecipe, epoch: int
         frames, onset = moved[:-1], moved[-1]
     else:
         onset = clip.frames[0].astype(np.float32) / 255.0
+    if recipe.neutral_share and rng.random() < recipe.neutral_share:
+        frames, label = remove_movement(frames, onset, rng), np.zeros_like(label)
     sample = Sample(clip.sample_id, label, [frames], [recipe.prior_mask], [0], [(0, 0)], ["factual"])
     for kind in draw_interventions(recipe.chances, rng):
         _intervene(sample, kind, frames, onset, recipe, rng)
+    # Last: flow is that of the changed frames.
+    sample.views = [view_of(view, recipe.visual) for view in sample.views]
     return sample
 
 
@@ -140,6 +154,7 @@ def _intervene(
     elif kind == "appearance":
         _add(sample, kind, change_appearance(frames, rng), recipe.prior_mask)
     else:
+        assert kind == "neutral", f"no twin is made for the intervention {kind}"
         view, structure = _add(sample, kind, remove_movement(frames, onset, rng), recipe.prior_mask)
         if recipe.contradiction:
             sample.branches += [(0, structure), (view, 0)]
@@ -162,7 +177,10 @@ def _add(sample: Sample, kind: str, frames: np.ndarray | None, mask: np.ndarray 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Join samples into one batch; branches of a kind keep the order of their clips."""
-    views, view_index, masks, branches = [], [], [], []
+    views: list[np.ndarray] = []
+    view_index: list[int] = []
+    masks: list[np.ndarray | None] = []
+    branches: list[tuple[int, int]] = []
     rows: dict[str, tuple[list[int], list[int]]] = {}
     factual = []
     for clip, sample in enumerate(samples):
@@ -176,13 +194,14 @@ def collate(samples: Sequence[Sample]) -> Batch:
             row.append(len(branches))
             owner.append(clip)
             branches.append((first_view + view, first_structure + structure))
-    has_graph = masks[0] is not None
+    present = [mask for mask in masks if mask is not None]
+    assert len(present) in (0, len(masks)), "either every structure has a mask, or the model has no graph"
     return Batch(
         sample_ids=[sample.sample_id for sample in samples],
         labels=torch.from_numpy(np.stack([sample.label for sample in samples])),
         views=torch.from_numpy(np.stack(views)),
         view_index=torch.tensor(view_index),
-        edge_mask=torch.from_numpy(np.stack(masks)) if has_graph else None,
+        edge_mask=torch.from_numpy(np.stack(present)) if present else None,
         branches=torch.tensor(branches),
         rows={kind: (torch.tensor(row), torch.tensor(owner)) for kind, (row, owner) in rows.items()},
         factual_structures=torch.tensor(factual),
@@ -237,7 +256,7 @@ def training_loader(
 
 
 def evaluation_batches(
-    view: ClipView, labels: np.ndarray, recipe: ClipRecipe, micro_batch: int, processes: int, rank: int
+    view: "ClipView | InputClips", labels: np.ndarray, recipe: ClipRecipe, micro_batch: int, processes: int, rank: int
 ) -> Iterator[tuple[Batch, int]]:
     """Yield this process's share of a view without any random draw, each batch with how many of its clips count.
 

@@ -1,6 +1,5 @@
-"""A run that cannot fit is refused before anything of it is allocated, by the plan of `aullm-dist plan`."""
+"""Refuses a run that cannot fit before anything of it is allocated, by the plan of `aullm-dist plan`."""
 
-import copy
 import functools
 import os
 from collections.abc import Sequence
@@ -11,12 +10,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from aullm_dist.config import Config
+from aullm_dist.distributed.context import on_main
 from aullm_dist.errors import UserError
+from aullm_dist.files import user_path
+from aullm_dist.llm.files import load_config, load_tokenizer
 from aullm_dist.log import get_logger
-from aullm_dist.model.llm_files import load_config, load_tokenizer
-from aullm_dist.model.packing import MASK_RECIPES
 from aullm_dist.model.prompt import build_prompt
-from aullm_dist.training.context import on_main
 
 logger = get_logger(__name__)
 
@@ -29,7 +28,7 @@ def refuse_what_does_not_fit(accelerator: Accelerator, config: Config, aus: Sequ
     """Plan the run on what is free here, log its peak, and refuse it where it does not fit. Every process calls it.
 
     Nothing is kept in reserve, so what is refused lacks memory even if the libraries took none. The tiny backbone and
-    the baseline are not planned, nor are model types that the planner does not know.
+    the baseline are not planned, nor are model types whose code the planner cannot run.
 
     Args:
         accelerator: from `context.start`.
@@ -62,17 +61,13 @@ def _plan(
     # Here, as few runs of few users need what draws tables.
     from aullm_dist.planning.advice import advise
     from aullm_dist.planning.cluster import Cluster
-    from aullm_dist.planning.planner import plan
+    from aullm_dist.planning.planner import NotPlanned, plan
     from aullm_dist.planning.report import gib, shortfall
 
-    local = Path(llm_path).expanduser().is_dir()
+    local = user_path(llm_path).is_dir()
     common = {"trust_remote_code": config.model.trust_remote_code, "local_files_only": local}
     llm = load_config(llm_path, common)
-    if llm.model_type not in MASK_RECIPES:
-        logger.info("Memory: not planned, model type %s is not known to the planner", llm.model_type)
-        return
-    config = copy.deepcopy(config)
-    config.data.aus = list(aus)
+    config = config.changed({"data.aus": tuple(aus)})
     tokenizer = load_tokenizer(llm_path, common)
     prompt = build_prompt(tuple(aus), tokenizer, readout=config.model.readout, use_structure=config.model.structure)
     processes = accelerator.num_processes
@@ -86,9 +81,14 @@ def _plan(
         reserve=0,
         cpu=on_cpu,
     )
-    lengths = {"prefix_tokens": prompt.prefix_tokens, "suffix_tokens": prompt.suffix_tokens}
-    make = functools.partial(plan, llm=llm, speed=False, **lengths)
-    planned = make(config, cluster)
+    make = functools.partial(
+        plan, llm=llm, speed=False, prefix_tokens=prompt.prefix_tokens, suffix_tokens=prompt.suffix_tokens
+    )
+    try:
+        planned = make(config, cluster)
+    except NotPlanned as reason:
+        logger.info("Memory: not planned: %s", reason)
+        return
     logger.info(
         "Memory: planned at most %s of each %s, in phase %s",
         gib(planned.gpu_bytes),

@@ -1,102 +1,70 @@
-"""Training of one fold: the explicit loop, its evaluations, its checkpoints and its resume."""
+"""Trains one fold: the explicit loop, its evaluations, its checkpoints and its resume."""
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from accelerate import Accelerator
-from torch import nn
 from torch.utils.data import DataLoader
 
-from aullm_dist.config import Config, to_dict
-from aullm_dist.data.clips import ClipStore
-from aullm_dist.data.protocols import Fold
+from aullm_dist.checkpoint.retention import find_newest_valid, rotate
+from aullm_dist.checkpoint.store import RunFacts, read_checkpoint, save_checkpoint
+from aullm_dist.config import Config, to_dict, to_record
+from aullm_dist.data.clips import ClipView
+from aullm_dist.data.order import BatchPlan, SampleStream, generator, total_steps
+from aullm_dist.distributed import engine_state
+from aullm_dist.distributed.context import on_main, together
+from aullm_dist.distributed.engine import is_zero
+from aullm_dist.distributed.team import Processes
 from aullm_dist.log import get_logger
-from aullm_dist.signals import stand_apart
-from aullm_dist.training import engine_state
+from aullm_dist.monitoring.clock import StepClock
+from aullm_dist.monitoring.overview import flat_settings
+from aullm_dist.monitoring.trackers import Tracker, open_trackers
+from aullm_dist.monitoring.writer import Monitor
+from aullm_dist.runs.lifecycle import Life
+from aullm_dist.runs.paths import FoldPaths
+from aullm_dist.runs.predictions import Role
+from aullm_dist.runs.workspace import environment
+from aullm_dist.runtime.preemption import Preempted
+from aullm_dist.runtime.signals import stand_apart
 from aullm_dist.training.batches import collate, training_loader
-from aullm_dist.training.build import BuiltModel, training_recipe
-from aullm_dist.training.checkpoint import read_checkpoint, save_checkpoint
-from aullm_dist.training.context import on_main, together
-from aullm_dist.training.engine import is_zero
+from aullm_dist.training.build import training_recipe
 from aullm_dist.training.fold_evaluation import FoldEvaluation
 from aullm_dist.training.guard import GradientGuard
-from aullm_dist.training.heldout import Score
-from aullm_dist.training.life import Life
-from aullm_dist.training.monitor import Monitor
-from aullm_dist.training.monitor_clock import StepClock
-from aullm_dist.training.monitor_loop import LoopMonitor
+from aullm_dist.training.learner import FoldData, Learner
 from aullm_dist.training.objective import Objective
-from aullm_dist.training.order import BatchPlan, SampleStream, generator, total_steps
-from aullm_dist.training.predictions import prediction_path
-from aullm_dist.training.preemption import Preempted
-from aullm_dist.training.retention import find_newest_valid, rotate
+from aullm_dist.training.progress import LoopMonitor
 from aullm_dist.training.step import TrainStep
 from aullm_dist.training.streaming import StreamedBatches
-from aullm_dist.training.workspace import environment
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class FoldPaths:
-    """Where a fold keeps what it writes."""
-
-    run: Path
-    fold: int
-
-    @property
-    def folder(self) -> Path:
-        """`RUN/fold-00`."""
-        return self.run / f"fold-{self.fold:02d}"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the fold's checkpoints."""
-        return self.folder / "checkpoints"
-
-    @property
-    def tensorboard(self) -> Path:
-        """Folder of the fold's event files."""
-        return self.run / "tensorboard" / f"fold-{self.fold:02d}"
 
 
 class FoldTrainer:
     """Trains the trainables of one model on one fold.
 
     Args:
-        accelerator: the run's Accelerator.
+        accelerator: processes that train the fold together.
         config: the run's configuration.
-        built: the model, in its initial state, on the accelerator's device.
-        model: the same model as the engine wraps it.
-        optimizer: the engine's optimizer over the model's trainables, with nothing seen yet.
-        store: all clips.
-        fold: which clips train, choose thresholds and test.
-        aus: AU numbers.
-        score: turns labels and logits into metrics (evaluation's business, handed down).
+        learner: the model in its initial state, and an optimizer that has seen nothing yet.
+        data: the clips of the run, and which of them this fold trains on.
         life: agrees with the other processes when this one is asked to stop.
         place: which of how many folds this is in the run, from 1.
     """
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        accelerator: Processes,
         config: Config,
-        built: BuiltModel,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        store: ClipStore,
-        fold: Fold,
-        aus: tuple[int, ...],
-        score: Score,
+        learner: Learner,
+        data: FoldData,
         life: Life,
         place: tuple[int, int] = (1, 1),
     ) -> None:
-        self.accelerator, self.config, self.built, self.life = accelerator, config, built, life
-        self.model, self.optimizer, self.aus, self.fold = model, optimizer, aus, fold
+        self.accelerator, self.config, self.life = accelerator, config, life
+        self.built, self.model, self.optimizer = learner.built, learner.model, learner.optimizer
+        store, fold = data.store, data.fold
+        self.aus, self.fold = data.aus, fold
         self.name = f"Fold {fold.index}" + (f" ({place[0]} of {place[1]})" if place[1] > 1 else "")
         self.paths = FoldPaths(Path(config.training.output), fold.index)
         # The loop below only ever sees these views: the training view cannot reach an inner or a test clip.
@@ -108,23 +76,22 @@ class FoldTrainer:
             training.global_batch, training.micro_batch, accelerator.num_processes, accelerator.process_index
         )
         self.total_steps = total_steps(len(self.train_view), training.epochs, training.global_batch, training.max_steps)
-        self.guard = GradientGuard(optimizer, training.max_bad_steps, fold.index)
-        trainables = [p for p in built.model.parameters() if p.requires_grad]
+        self.guard = GradientGuard(self.optimizer, training.max_bad_steps, fold.index)
         several = accelerator.num_processes > 1
         self.clock = StepClock(
             accelerator.device,
             # Under ZeRO the update itself follows the last gradient, inside of `backward`.
-            () if is_zero(accelerator) else trainables,
+            () if is_zero(accelerator) else learner.trainables,
             config.monitor.communication_every_steps if several else 0,
         )
         objective = Objective.from_config(config)
         self.step = TrainStep(
-            accelerator, model, trainables, objective, training, self.guard, accumulation=self.plan.accumulation,
-            tokens=built.tokens, clock=self.clock,
+            accelerator, learner, objective, training, self.guard, accumulation=self.plan.accumulation,
+            clock=self.clock,
         )  # fmt: skip
-        held_out = {"inner": store.view(fold.inner), "test": store.view(fold.test)}
+        held_out: dict[Role, ClipView] = {"inner": store.view(fold.inner), "test": store.view(fold.test)}
         self.evaluation = FoldEvaluation(
-            accelerator, config, built, fold.index, held_out, aus, score, life.agreement.tick
+            accelerator, config, self.built, fold.index, held_out, self.aus, life.agreement.tick
         )
         # Optimizer steps that are done, and those that are in the newest checkpoint.
         self.done = self.saved = 0
@@ -142,7 +109,7 @@ class FoldTrainer:
         )  # fmt: skip
         first_step = self.done = self.saved = self._restore() if resume else 0
         active = self.config.monitor.tensorboard and self.accelerator.is_main_process
-        monitor = Monitor(self.paths.tensorboard, active, first_step + 1 if resume else None)
+        monitor = Monitor(self.paths.tensorboard, active, first_step + 1 if resume else None, self._trackers())
         try:
             if active:
                 self._describe(monitor, first_step)
@@ -153,12 +120,17 @@ class FoldTrainer:
                 self._train(monitor, first_step)
         except Preempted as stop:
             if self.saved < self.done:
-                self.guard.settle()
+                self.guard.wait_for_steps()
                 self._save(self.done)
             stop.fold, stop.step = self.fold.index, self.done
             raise
         finally:
             monitor.close()
+
+    def _trackers(self) -> list[Tracker]:
+        names = self.config.monitor.trackers if self.accelerator.is_main_process else ()
+        fold = self.paths.tensorboard.name
+        return open_trackers(names, Path(self.config.training.output), fold, flat_settings(self.config))
 
     def _describe(self, monitor: Monitor, first_step: int) -> None:
         """Write what the run is, once in each of its lives."""
@@ -195,14 +167,14 @@ class FoldTrainer:
     def _after_step(self, watch: LoopMonitor, monitor: Monitor, done: int) -> None:
         """Log, evaluate and save where it is time to."""
         if done % self.config.monitor.log_every_steps == 0 or done == self.total_steps:
-            self.guard.settle()
+            self.guard.wait_for_steps()
             watch.logged(done, self._epoch(done))
         watch.console.step(done)
         # A job learns with its first step whether a save works and fits into its grace period.
         evaluates, saves = self._evaluates_at(done), self._saves_at(done) or self.life.rehearses
         if not evaluates and not saves:
             return
-        self.guard.settle()
+        self.guard.wait_for_steps()
         begun = time.monotonic()
         if evaluates:
             watch.look_at_parts()
@@ -236,7 +208,9 @@ class FoldTrainer:
         return labels
 
     def _epoch(self, step: int) -> float:
-        return step * self.config.training.global_batch / len(self.train_view)
+        # The last step takes what is left of a global batch from the next epoch, which is not trained.
+        done = step * self.config.training.global_batch / len(self.train_view)
+        return min(done, float(self.config.training.epochs))
 
     def _evaluates_at(self, step: int) -> bool:
         if step == self.total_steps:
@@ -253,11 +227,11 @@ class FoldTrainer:
         self.evaluation.evaluate(self.model, monitor, step, int(self._epoch(step)), last=last)
 
     def _has_answers(self, step: int) -> bool:
-        path = prediction_path(self.paths.run, self.fold.index, int(self._epoch(step)))
+        path = self.paths.predictions(int(self._epoch(step)))
         return on_main(self.accelerator, path.exists)
 
     def _save(self, step: int) -> None:
-        """Write a checkpoint and let go of the oldest."""
+        """Write a checkpoint and release the oldest."""
         with self.life.saves():
             self._write(step)
         self.saved = step
@@ -284,11 +258,13 @@ class FoldTrainer:
                     "seed": self.config.training.seed,
                     "bad_steps": self.guard.bad_steps,
                 },
-                config=to_dict(self.config),
-                model_config=self.built.model_config,
-                base=self.built.base,
-                quantized_modules=self.built.quantized_modules,
-                world_size=self.accelerator.num_processes,
+                run=RunFacts(
+                    config=to_record(self.config),
+                    model_config=self.built.model_config,
+                    base=self.built.base,
+                    quantized_modules=self.built.quantized_modules,
+                    world_size=self.accelerator.num_processes,
+                ),
                 is_writer=self.accelerator.is_main_process,
             ),
         )

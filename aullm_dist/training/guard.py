@@ -1,20 +1,21 @@
-"""Steps whose gradient is not finite: skipped where the gradient is, counted when its norm has come to the host.
+"""Skips steps whose gradient is not finite, where the gradient is, and counts them when its norm has come to the host.
 
 On a GPU the decision never waits for the host: fused AdamW reads `found_inf` on the device and leaves parameters and
 moments as they are. The norms follow through pinned memory and are looked at later, at the same step in every process;
-until then the host goes on giving the GPU work. On a CPU there is nothing to wait for, and each norm is looked at at
+until then the host continues to give the GPU work. On a CPU there is nothing to wait for, and each norm is looked at at
 once.
 """
 
 import math
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from aullm_dist.errors import UserError
-from aullm_dist.log import get_logger, is_main_process
+from aullm_dist.log import get_logger, speaks
 
 logger = get_logger(__name__)
 
@@ -69,9 +70,10 @@ class GradientGuard:
         """
         arrived = None
         if isinstance(norm, Tensor):
-            self.optimizer.found_inf = (~torch.isfinite(norm)).float()
-            self.optimizer.step()
-            self.optimizer.found_inf = None
+            optimizer: Any = self.optimizer  # `found_inf` is what torch's own gradient scaler hands over
+            optimizer.found_inf = (~torch.isfinite(norm)).float()
+            optimizer.step()
+            optimizer.found_inf = None
             if norm.is_cuda:
                 norm = norm.to("cpu", non_blocking=True)
                 arrived = torch.cuda.Event()
@@ -82,7 +84,7 @@ class GradientGuard:
         self._pending.append(_Norm(step, norm, arrived))
         self._look(0 if arrived is None else STEPS_BEHIND)
 
-    def settle(self) -> None:
+    def wait_for_steps(self) -> None:
         """Look at every norm there is, which waits for the device.
 
         Raises:
@@ -101,7 +103,7 @@ class GradientGuard:
 
     def _count(self, step: int) -> None:
         self.bad_steps += 1
-        if is_main_process():
+        if speaks():
             logger.warning("Step %d: the gradient is not finite; skipped (%d in a row)", step + 1, self.bad_steps)
         if self.bad_steps >= self.max_bad_steps:
             raise UserError(

@@ -1,4 +1,4 @@
-"""The training objective of one micro-batch: ASL, auxiliary graph loss and the terms of CCR, each kept for the log."""
+"""Computes the objective of one micro-batch: ASL, auxiliary graph loss and the terms of CCR, each kept for the log."""
 
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ class Objective:
     """
 
     asymmetric: AsymmetricLoss
+    evidence_weight: float
     graph_weight: float
     structure_weight: float
     appearance_weight: float
@@ -38,6 +39,7 @@ class Objective:
                 gamma_positive=training.asl_gamma_positive,
                 margin=training.asl_margin,
             ),
+            evidence_weight=training.evidence_weight,
             graph_weight=training.graph_weight,
             structure_weight=counterfactual.structure_weight,
             appearance_weight=counterfactual.appearance_weight,
@@ -58,9 +60,7 @@ class Objective:
     def _terms(self, output: ModelOutput, batch: Batch) -> list[tuple[str, tuple[float, Tensor]]]:
         factual = output.logits[batch.rows["factual"][0]]
         terms = [("asl", (1.0, self.asymmetric(factual, batch.labels)))]
-        if output.graph_logits is not None and self.graph_weight:
-            graph = output.graph_logits[batch.factual_structures]
-            terms.append(("graph", (self.graph_weight, self.asymmetric(graph, batch.labels))))
+        terms += self._stages(output, batch)
         for kind, weight in (("structure", self.structure_weight), ("appearance", self.appearance_weight)):
             if kind in batch.rows:
                 rows, clips = batch.rows[kind]
@@ -83,6 +83,20 @@ class Objective:
                 unsupported = self.asymmetric(structure_only, torch.zeros_like(structure_only))
                 terms.append(("contradiction", (self.contradiction_weight, hinge + unsupported)))
         return terms
+
+    def _stages(self, output: ModelOutput, batch: Batch) -> list[tuple[str, tuple[float, Tensor]]]:
+        """Return the losses on the answers of single stages to the factual clips."""
+        terms, before = [], None
+        if output.evidence_logits is not None:
+            before = output.evidence_logits[batch.branches[batch.rows["factual"][0], 0]]
+            terms.append(("evidence", (self.evidence_weight, self.asymmetric(before, batch.labels))))
+        if output.graph_logits is not None:
+            graph = output.graph_logits[batch.factual_structures]
+            # What the graph adds must be an answer of its own: on training clips the evidence leaves over next to
+            # nothing, and what learnt from that alone would not use the instruction token.
+            own = graph if before is None else graph - before
+            terms.append(("graph", (self.graph_weight, self.asymmetric(own, batch.labels))))
+        return [term for term in terms if term[1][0]]
 
 
 def _sum_and_count(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""AdamW groups and the learning-rate schedule, a pure function of the step, so that a resume has nothing to restore."""
+"""Makes AdamW groups and the learning-rate schedule, a pure function of the step: a resume has nothing to restore."""
 
 import math
 

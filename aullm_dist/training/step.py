@@ -1,32 +1,32 @@
-"""One optimizer step: the part of the loop that runs thousands of times, and the sums of its losses.
+"""Runs one optimizer step: the part of the loop that runs thousands of times, and the sums of its losses.
 
 Nothing in here waits for the device. What the host wants to know of a step (losses, the gradient's norm) stays on the
 device until somebody reads it; the loop does so at logged steps. Under DeepSpeed the engine itself looks at the norm in
 every step, inside `backward`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from aullm_dist.config import TrainingConfig
+from aullm_dist.data.order import generator
+from aullm_dist.distributed.engine import clip_gradients
+from aullm_dist.distributed.team import Processes, gather_objects, sum_over
+from aullm_dist.monitoring.clock import StepClock
+from aullm_dist.monitoring.writer import Throughput
 from aullm_dist.training.batches import Batch
-from aullm_dist.training.engine import clip_gradients
 from aullm_dist.training.guard import GradientGuard
-from aullm_dist.training.monitor import Throughput
-from aullm_dist.training.monitor_clock import StepClock
+from aullm_dist.training.learner import Learner
 from aullm_dist.training.objective import Objective
 from aullm_dist.training.optimizer import schedule, set_learning_rates
-from aullm_dist.training.order import generator
 
 
 class LossLog:
     """Sums of loss components since the last reading, reduced over processes only when read."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Processes) -> None:
         self._accelerator = accelerator
         self._sums: dict[str, Tensor] = {}
 
@@ -38,16 +38,12 @@ class LossLog:
     def read(self) -> dict[str, float]:
         """Return the mean of each component over the clips that drew it; waits for the device."""
         # A rank may not have drawn a component the others drew, so all agree on the names first.
-        names = sorted(self._sums)
-        if self._accelerator.num_processes > 1:
-            gathered: list[Any] = [None] * self._accelerator.num_processes
-            torch.distributed.all_gather_object(gathered, names)
-            names = sorted(set().union(*gathered))
+        names = sorted(set(gather_objects(self._accelerator, sorted(self._sums))))
         if not names:
             return {}
         zero = torch.zeros(2, device=self._accelerator.device)
         table = torch.stack([self._sums.get(name, zero).float() for name in names])
-        table = self._accelerator.reduce(table, reduction="sum").cpu()
+        table = sum_over(self._accelerator, table).cpu()
         self._sums = {}
         return {name: (row[0] / row[1]).item() for name, row in zip(names, table, strict=True) if row[1] > 0}
 
@@ -56,33 +52,29 @@ class TrainStep:
     """Runs optimizer steps, each over its micro-batches.
 
     Args:
-        accelerator: the run's Accelerator.
-        model: as the engine wraps it.
-        trainables: its trained parameters.
+        accelerator: processes that train the fold together.
+        learner: the model that trains.
         objective: the loss.
         training: learning rates, schedule, clipping.
         guard: takes or skips the update, with the optimizer.
         accumulation: micro-batches of this process in a step.
-        tokens: LLM tokens computed for a number of branches.
-        clock: is told of the parts of each step; None makes one that never looks at other processes.
+        clock: is given the parts of each step; None makes one that never looks at other processes.
     """
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        model: nn.Module,
-        trainables: Sequence[nn.Parameter],
+        accelerator: Processes,
+        learner: Learner,
         objective: Objective,
         training: TrainingConfig,
         guard: GradientGuard,
         *,
         accumulation: int,
-        tokens: Callable[[int], int],
         clock: StepClock | None = None,
     ) -> None:
-        self.accelerator, self.model, self.trainables = accelerator, model, trainables
+        self.accelerator, self.model, self.trainables = accelerator, learner.model, learner.trainables
         self.objective, self.training, self.guard = objective, training, guard
-        self.accumulation, self.tokens = accumulation, tokens
+        self.accumulation, self.tokens = accumulation, learner.built.tokens
         self.clock = clock or StepClock(accelerator.device)
 
     def run(

@@ -1,7 +1,7 @@
-"""Training clips streamed from Parquet files in shuffled order: no index of frames, no random access, bounded memory.
+"""Streams training clips from Parquet files in shuffled order: no index of frames, no random access, bounded memory.
 
 Each epoch is one pass over the files through `datasets`: clips of the fold alone, shuffled by files and in a buffer,
-and divided among the processes by `split_dataset_by_node`. The order depends on (seed, epoch, number of processes)
+and split among the processes by `split_dataset_by_node`. The order depends on (seed, epoch, number of processes)
 alone, and a resumed run skips to its place; unlike the ordinary order (`order.py`) it is not the same for every number
 of processes.
 """
@@ -13,10 +13,10 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from aullm_dist.data.clips import clip_of_row
+from aullm_dist.data.order import BatchPlan, generator
 from aullm_dist.data.tables import read_rows
 from aullm_dist.errors import UserError
 from aullm_dist.training.batches import ClipRecipe, Sample, sample_of_clip
-from aullm_dist.training.order import BatchPlan, generator
 
 __all__ = ["StreamedBatches", "stream_epoch"]
 

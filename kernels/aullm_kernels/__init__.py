@@ -1,4 +1,4 @@
-"""The two hot functions of AULLM++, usable without aullm_dist.
+"""Implements the two hot functions of AULLM++, usable without aullm_dist.
 
 `evidence_pool` reads texture cells into evidence, mean and region rows; `graph_attention` is one layer of relational
 attention over a small typed graph. `evidence_attention` and `graph_weights` give the weights behind them, for pictures.

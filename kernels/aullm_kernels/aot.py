@@ -1,12 +1,15 @@
-"""Compile every shipped configuration for its GPU without having one, and hold the result to `kernels.lock.json`.
+"""Compiles every shipped configuration for its GPU, without one, and compares the result with `kernels.lock.json`.
 
-    python -m aullm_kernels.aot            # check
-    python -m aullm_kernels.aot --write    # write the lock anew, after a change that was meant
+    python -m aullm_kernels.aot                  # check
+    python -m aullm_kernels.aot --target 8.0     # check for another compute capability of configs.json
+    python -m aullm_kernels.aot --write          # write the lock again, after a change that was meant
 
 Each launch that the package can make is made with tensors that have no memory, and what would have been launched is
 compiled instead: arguments, specialisation and options are those of a run. A configuration fails if it does not
-compile, spills registers to memory, needs more shared memory than a program may have, or more registers or shared
-memory than the lock says. Needs triton, not a GPU; the interpreter must be off, so tests start this as a process.
+compile, spills more registers to memory than its target allows, needs more shared memory than a program may have, or
+more registers or shared memory than the lock says.
+
+Needs triton, not a GPU; the interpreter must be off, so tests start this as a process.
 """
 
 import argparse
@@ -28,10 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aullm_kernels.tables import FAMILY, Tile, families, tiles
+from aullm_kernels.tables import FAMILY, TARGET, Tile, families, tiles
 
 LOCK = Path(__file__).with_name("kernels.lock.json")
-_SHARED_MEMORY_LIMIT = 232448
+"""Of the capability that the tiles were chosen for; the others' are next to it (`lock_of`)."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _POINTERS = {
     torch.bfloat16: "*bf16",
@@ -97,7 +100,7 @@ def _record(case: Case) -> list[_Launch]:
 
     launches: list[_Launch] = []
 
-    def record(kernel, grid, *arguments, device, tile, **constants) -> None:
+    def record(kernel: Any, grid: Any, *arguments: Any, device: Any, tile: Any, **constants: Any) -> None:
         assert 0 not in grid, grid
         launches.append(_Launch(kernel, arguments, constants, tile))
 
@@ -193,18 +196,23 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
+    assert found is not None, "cuobjdump of CUDA 12 and 13 reports registers in this form"
     return int(found[1]), int(found[2]) + int(found[3])
 
 
-def compile_case(case: Case, family: str = FAMILY) -> dict[str, dict[str, int]]:
+def lock_of(target: str) -> Path:
+    """Return the lock of a compute capability."""
+    return LOCK if target == TARGET else LOCK.with_name(f"kernels-{target}.lock.json")
+
+
+def compile_case(case: Case, target: str = TARGET) -> dict[str, dict[str, int]]:
     """Compile the kernels of one call: name -> registers, spilled bytes, shared memory in bytes."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     from aullm_kernels.launch import OPTIONS
 
-    major, minor = families()[family]["capability"]
-    arch = 10 * major + minor
+    arch = int(target.replace(".", ""))
     results = {}
     for launch in _record(case):
         compiled = triton.compile(
@@ -222,7 +230,7 @@ def compile_case(case: Case, family: str = FAMILY) -> dict[str, dict[str, int]]:
     return results
 
 
-def compile_all(jobs: int, family: str = FAMILY) -> dict[str, dict[str, int]]:
+def compile_all(jobs: int, target: str = TARGET) -> dict[str, dict[str, int]]:
     """Compile every case in `jobs` processes: name of a kernel and its case -> what it takes.
 
     Raises:
@@ -231,7 +239,7 @@ def compile_all(jobs: int, family: str = FAMILY) -> dict[str, dict[str, int]]:
     results: dict[str, dict[str, int]] = {}
     # A forked child would inherit torch's threads in an unknown state.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        pending = {case: pool.submit(compile_case, case, family) for case in cases(family)}
+        pending = {case: pool.submit(compile_case, case, target) for case in cases()}
         for case, future in pending.items():
             error = future.exception()
             if error is not None:
@@ -240,29 +248,35 @@ def compile_all(jobs: int, family: str = FAMILY) -> dict[str, dict[str, int]]:
     return dict(sorted(results.items()))
 
 
-def complaints(found: dict[str, dict[str, int]], locked: dict[str, dict[str, int]] | None) -> Iterator[str]:
-    """Yield a line for each kernel that spills, takes too much, or takes more than the lock allows."""
+def complaints(
+    found: dict[str, dict[str, int]], locked: dict[str, dict[str, int]] | None, target: str = TARGET
+) -> Iterator[str]:
+    """Yield a line for each kernel that spills or takes more than its target has, or than the lock allows."""
+    limits, lock = families()[FAMILY]["targets"][target], lock_of(target).name
     for name, taken in found.items():
-        if taken["spilled"]:
-            yield f"{name}: spills {taken['spilled']} bytes of registers"
-        if taken["shared"] > _SHARED_MEMORY_LIMIT:
-            yield f"{name}: needs {taken['shared']} bytes of shared memory, a program may have {_SHARED_MEMORY_LIMIT}"
+        if taken["spilled"] > limits["spilled"]:
+            yield f"{name}: spills {taken['spilled']} bytes of registers, allowed are {limits['spilled']}"
+        if taken["shared"] > limits["shared_memory"]:
+            most = limits["shared_memory"]
+            yield f"{name}: needs {taken['shared']} bytes of shared memory, a program may have {most}"
         if locked is None:
             continue
         if name not in locked:
-            yield f"{name}: is not in {LOCK.name}"
+            yield f"{name}: is not in {lock}"
             continue
         for what in ("registers", "shared"):
             if taken[what] > locked[name][what]:
-                yield f"{name}: takes {taken[what]} {what}, {LOCK.name} allows {locked[name][what]}"
+                yield f"{name}: takes {taken[what]} {what}, {lock} allows {locked[name][what]}"
     for name in sorted((locked or {}).keys() - found.keys()):
-        yield f"{name}: is in {LOCK.name} but was not compiled"
+        yield f"{name}: is in {lock} but was not compiled"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Compile, then check or write the lock; 0 if nothing is to be said, 2 if it cannot run here."""
     parser = argparse.ArgumentParser(prog="python -m aullm_kernels.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"write {LOCK.name} instead of checking against it")
+    parser.add_argument("--write", action="store_true", help="write the lock instead of checking against it")
+    targets = list(families()[FAMILY]["targets"])
+    parser.add_argument("--target", choices=targets, default=TARGET, help=f"compute capability ({TARGET})")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     args = parser.parse_args(argv)
     if importlib.util.find_spec("triton") is None:
@@ -271,23 +285,25 @@ def main(argv: list[str] | None = None) -> int:
 
     if triton.knobs.runtime.interpret:
         return _say("TRITON_INTERPRET is set: unset it, an interpreter compiles nothing", 2)
-    lock = json.loads(LOCK.read_text(encoding="utf-8")) if LOCK.exists() else {}
+    file = lock_of(args.target)
+    lock = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     # Another version of the compiler counts registers in its own way: then only what fails everywhere is checked.
     locked = None if args.write else lock.get(triton.__version__)
     if locked is None and not args.write:
-        sys.stderr.write(f"aot: {LOCK.name} has no entry for triton {triton.__version__}: registers are not compared\n")
+        sys.stderr.write(f"aot: {file.name} has no entry for triton {triton.__version__}: registers are not compared\n")
     start = time.perf_counter()
     try:
-        found = compile_all(args.jobs)
+        found = compile_all(args.jobs, args.target)
     except RuntimeError as error:
         return _say(str(error), 1)
-    lines = list(complaints(found, locked))
+    lines = list(complaints(found, locked, args.target))
     for line in lines:
         _say(line, 1)
     if args.write and not lines:
-        LOCK.write_text(_as_json({**lock, triton.__version__: found}), encoding="utf-8")
+        file.write_text(_as_json({**lock, triton.__version__: found}), encoding="utf-8")
     sys.stdout.write(
-        f"{len(found)} kernels for sm_90a, triton {triton.__version__}, {time.perf_counter() - start:.0f} s: "
+        f"{len(found)} kernels for compute capability {args.target}, triton {triton.__version__}, "
+        f"{time.perf_counter() - start:.0f} s: "
         f"{len(lines)} complaints\n"
     )
     return 1 if lines else 0

@@ -1,4 +1,4 @@
-"""What the kernels read and fill: outputs as they are allocated, for a launch and for a trace alike.
+"""Allocates what the kernels read and fill, for a launch and for a trace alike.
 
 Shape letters as in `reference.py`; J is the width of what is joined, P the programs that sum parameter gradients.
 """
@@ -126,7 +126,7 @@ def graph_gradients(
 ) -> GraphGradients:
     """Allocate the buffers of the backward pass."""
     rows, nodes, heads, features = xl.shape
-    block = tile("graph_attention_target", features=features, degree=degree).block
+    block = tile("graph_attention_target", {"features": features, "degree": degree}).block
     parts = (min(rows, families()[FAMILY]["programs"]), math.ceil(nodes / block))
     d_score = xl.new_empty(num_branches, heads, num_edges, dtype=acc)
     return GraphGradients(

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and why.
+"""Chooses which implementation of an op runs, and says why.
 
 The choice is the argument, else the environment variable `AULLM_KERNELS`, else `auto`. `auto` takes Triton where it can
 run and plain PyTorch everywhere else; an explicit choice that cannot run raises, so that nobody measures or debugs
@@ -13,6 +13,7 @@ import sys
 import torch
 
 from aullm_kernels import tables
+from aullm_kernels.first_launch import start_obstacle
 
 ENVIRONMENT = "AULLM_KERNELS"
 CHOICES = ("auto", "triton", "torch", "interpret")
@@ -90,7 +91,7 @@ def _obstacle(
     limited = dict(sizes)
     if op == "evidence_pool" and wanted == "triton":
         limited["bits"] = tables.operand_bits(*dtypes)
-    return _dtype_obstacle(wanted, dtypes) or tables.oversize(op, **limited)
+    return _dtype_obstacle(wanted, dtypes) or tables.oversize(op, limited)
 
 
 def _interpreter_obstacle() -> str | None:
@@ -107,9 +108,9 @@ def _compiler_obstacle(device: torch.device) -> str | None:
         return f"{_INTERPRETER_SWITCH} is set, so that triton would interpret"
     capability = torch.cuda.get_device_capability(device)
     if tables.family_of(capability) is None:
-        known = ", ".join(".".join(map(str, family["capability"])) for family in tables.families().values())
+        known = ", ".join(target for family in tables.families().values() for target in family["targets"])
         return f"its compute capability is {capability[0]}.{capability[1]}, there are configurations for {known}"
-    return None
+    return start_obstacle(str(device))
 
 
 def _interprets() -> bool:
@@ -129,5 +130,5 @@ def _dtype_obstacle(wanted: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
 
 
 # What torch.compiler.assume_constant_result does; calling it imports the compiler, and with it triton.
-_obstacle._dynamo_marked_constant = True
-_device_name._dynamo_marked_constant = True
+for _function in (_obstacle, _device_name):
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010 - the name is the compiler's

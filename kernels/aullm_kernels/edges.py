@@ -1,4 +1,4 @@
-"""The fixed, typed, directed edges of a small graph, checked once and laid out for gathering."""
+"""Checks the fixed, typed, directed edges of a small graph once, and lays them out for gathering."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -39,7 +39,8 @@ class EdgeTable:
 
     def __post_init__(self) -> None:
         """Check the columns and lay out `incoming`."""
-        if not isinstance(self.num_nodes, int) or self.num_nodes < 1:
+        num_nodes: object = self.num_nodes  # a caller may not have checked its types
+        if not isinstance(num_nodes, int) or num_nodes < 1:
             raise ValueError(f"num_nodes is {self.num_nodes!r}, allowed is an integer from 1 up")
         for name in ("target", "source", "relation"):
             self._check_column(name)

@@ -1,4 +1,4 @@
-"""Triton kernels of `evidence_pool`: one program reads the cells of one clip once, forward and backward.
+"""Implements `evidence_pool` in Triton: one program reads the cells of one clip once, forward and backward.
 
 Every row of the result is an attention: the mean and the region means are attention with a query of zero, over all
 cells or over those of a region. So one tile of scores, at most 32 rows, gives them all, and each tile of cells is
@@ -176,7 +176,7 @@ def forward(
     batch, num_cells, channels = cells.shape
     heads = queries.shape[1]
     types = numbers(cells, queries)
-    rows = tile("evidence_pool_forward", **_size(cells, queries, num_regions, types))
+    rows = tile("evidence_pool_forward", _size(cells, queries, num_regions, types))
     launch(
         _evidence_pool_forward_kernel,
         (batch,),
@@ -224,7 +224,7 @@ def backward(
     d_cells, d_queries = outputs
     batch, num_cells, channels = cells.shape
     types = numbers(cells, queries)
-    rows = tile("evidence_pool_backward", **_size(cells, queries, num_regions, types))
+    rows = tile("evidence_pool_backward", _size(cells, queries, num_regions, types))
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     launch(
         _evidence_pool_backward_kernel,

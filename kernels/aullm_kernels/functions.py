@@ -1,5 +1,5 @@
-"""The kernels with their gradients. Inputs are saved as they came: under ZeRO-3 a parameter must be saved itself, for a
-copy of it would stay whole between forward and backward pass.
+"""Defines the kernels with their gradients. Inputs are saved as they came: under ZeRO-3 a parameter must be saved
+itself, for a copy of it would stay whole between forward and backward pass.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Triton kernels of `graph_attention`: the edges are fixed and few, so every node holds its incoming edges at once.
+"""Implements `graph_attention` in Triton: the edges are fixed and few, so every node holds its incoming edges at once.
 
 Forward: a program owns the nodes of one tile in one feature row and head. It gathers their neighbours, scores them
 once, and runs softmax and weighted sum for each branch of that feature row. Backward: a first pass over the incoming
@@ -308,7 +308,7 @@ def forward(
 ) -> None:
     """Fill `out` `[G, A, H, F]`; `incoming` are the slots `[3, K, A]` of each node's incoming edges."""
     rows, nodes, heads, features = xl.shape
-    tile_ = tile("graph_attention_forward", features=features, degree=incoming.shape[1])
+    tile_ = tile("graph_attention_forward", {"features": features, "degree": incoming.shape[1]})
     launch(
         _graph_attention_forward_kernel,
         (rows, heads, triton.cdiv(nodes, tile_.block)),
@@ -349,7 +349,7 @@ def backward(
     grad, xl, xr, relation_embedding, attention, gate, incoming, outgoing = _contiguous(
         grad, xl, xr, relation_embedding, attention, gate, incoming, outgoing
     )
-    tile_ = tile("graph_attention_target", features=features, degree=incoming.shape[1])
+    tile_ = tile("graph_attention_target", {"features": features, "degree": incoming.shape[1]})
     launch(
         _graph_attention_target_kernel,
         (outputs.d_attention.shape[0], heads, triton.cdiv(nodes, tile_.block)),
@@ -366,7 +366,7 @@ def backward(
         ACC=types.acc,
         PRECISION=_sum_precision(xl.dtype, xr.dtype),
     )
-    tile_ = tile("graph_attention_source", features=features)
+    tile_ = tile("graph_attention_source", {"features": features})
     launch(
         _graph_attention_source_kernel,
         (rows, heads, triton.cdiv(nodes, tile_.block)),

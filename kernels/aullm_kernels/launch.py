@@ -1,4 +1,4 @@
-"""What every launch of a Triton kernel shares: number types, the device, and the options of the compiler."""
+"""Launches Triton kernels: number types, the device, and the options of the compiler, alike for all of them."""
 
 from contextlib import nullcontext
 from typing import Any, NamedTuple

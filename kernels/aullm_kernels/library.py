@@ -1,9 +1,11 @@
-"""The kernels as torch operators `aullm::*`, with shapes for tracing; Triton is imported at a launch.
+"""Registers the kernels as torch operators `aullm::*`, with shapes for tracing; Triton is imported at a launch.
 
 Autograd is not registered here: `functions.py` puts it around the operators, which is what tracing, checkpointing and
 the interpreter agree on. Outputs that nobody needs are empty tensors, because an operator's results have a fixed
 number.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,22 +158,27 @@ for _name, _run in EAGER.items():
 
 
 @torch.library.register_fake("aullm::evidence_pool_forward", lib=_LIBRARY)
-def _(cells, queries, regions, valid, join, num_regions):
+def _(
+    cells: Tensor, queries: Tensor, regions: Tensor, valid: Tensor | None, join: Tensor | None, num_regions: int
+) -> tuple[Tensor, Tensor, Tensor]:
     return evidence_outputs(cells, queries, join, num_regions)
 
 
 @torch.library.register_fake("aullm::evidence_pool_backward", lib=_LIBRARY)
-def _(grad, cells, queries, regions, valid, pooled, stats, num_regions, need_d_cells, need_d_queries):
+def _(grad: Tensor, cells: Tensor, queries: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    need_d_cells, need_d_queries = rest[-2:]
     return _evidence_pool_gradients(cells, queries, need_d_cells, need_d_queries)
 
 
 @torch.library.register_fake("aullm::graph_attention_forward", lib=_LIBRARY)
-def _(xl, xr, relation_embedding, attention, gate, incoming, strength, mask, branch_index, slope):
+def _(*inputs: Any) -> Tensor:
+    xl, _, _, _, _, _, _, _, branch_index, _ = inputs
     return _graph_attention_output(xl, branch_index)
 
 
 @torch.library.register_fake("aullm::graph_attention_backward", lib=_LIBRARY)
-def _(grad, xl, xr, relation_embedding, attention, gate, incoming, outgoing, strength, mask, branch_index, *_):
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    _, xl, xr, relation_embedding, attention, gate, _, _, strength, *_ = arguments
     inputs = (xl, xr, relation_embedding, attention, gate)
     gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
     last = xl.new_empty(0) if strength is None else torch.empty_like(strength, memory_format=torch.contiguous_format)

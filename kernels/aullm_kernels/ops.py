@@ -1,4 +1,4 @@
-"""The public functions: they check their arguments, choose an implementation and call it.
+"""Provides the public functions: they check their arguments, choose an implementation and call it.
 
 `triton` and `interpret` are the same code, compiled or interpreted. An implementation takes the arguments of its twin
 in `reference.py`, already checked.

@@ -1,4 +1,4 @@
-"""The ops in plain PyTorch: the CPU path, the fallback and the oracle of every other implementation.
+"""Implements the ops in plain PyTorch: the CPU path, the fallback and the oracle of every other implementation.
 
 Arguments are those of the public functions in `aullm_kernels.ops`, which check them first; nothing is checked here.
 Inputs of low precision are computed in float32 and the result returns to the type of the first argument.

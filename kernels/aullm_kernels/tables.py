@@ -1,4 +1,4 @@
-"""The configurations that ship: `configs.json` holds, per device family and kernel, the tiles for each size.
+"""Reads the configurations that ship: `configs.json` holds, per device family and kernel, the tiles for each size.
 
 Nothing is tuned at run time: all processes of a run take the same tiles, and `aullm_kernels.aot` compiles exactly what
 can run. A size takes the first row of the table that is large enough.
@@ -6,6 +6,7 @@ can run. A size takes the first row of the table that is large enough.
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import torch
 _FILE = Path(__file__).with_name("configs.json")
 FAMILY = "hopper"
 """The family whose tiles the interpreter takes as well."""
+TARGET = "9.0"
+"""The compute capability that its tiles were chosen for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,11 @@ class Tile:
 
 @functools.cache
 def families() -> dict[str, dict]:
-    """Return `configs.json`: family -> compute capability, programs that sum parameters' gradients, rows per kernel."""
+    """Return `configs.json`: family -> its targets, programs that sum parameters' gradients, rows per kernel.
+
+    A target is a compute capability that the rows were compiled for, with the bytes of shared memory that a program may
+    have there and the bytes of registers that it may spill: the rows were chosen for the family's own capability.
+    """
     return json.loads(_FILE.read_text(encoding="utf-8"))
 
 
@@ -58,19 +65,19 @@ def tiles(kernel: str, family: str = FAMILY) -> tuple[Tile, ...]:
     return tuple(found)
 
 
-def tile(kernel: str, family: str = FAMILY, **size: int) -> Tile:
-    """Return the first row of `kernel` that is large enough; `oversize` has told before whether there is one."""
+def tile(kernel: str, size: Mapping[str, int], family: str = FAMILY) -> Tile:
+    """Return the first row of `kernel` that is large enough; `oversize` has checked before whether there is one."""
     return next(row for row in tiles(kernel, family) if _fits(row, size))
 
 
-def oversize(op: str, family: str = FAMILY, **size: int) -> str | None:
+def oversize(op: str, size: Mapping[str, int], family: str = FAMILY) -> str | None:
     """Say that a kernel of `op` has no row large enough for these sizes, and which are the largest, or return None."""
     for kernel in families()[family]["kernels"]:
         rows = tiles(kernel, family)
         if kernel.startswith(op) and not any(_fits(row, size) for row in rows):
             largest = [row for row in rows if not any(_fits(other, row.size) for other in rows if other is not row)]
             allowed = " or ".join(_describe(row.size) for row in largest)
-            return f"{_describe(size)} is more than the configurations for {family} allow: {allowed}"
+            return f"{_describe(size)} is more than the configurations allow: {allowed}"
     return None
 
 
@@ -79,15 +86,16 @@ def operand_bits(*dtypes: torch.dtype) -> int:
     return {frozenset({torch.bfloat16}): 16, frozenset({torch.float16}): 19}.get(frozenset(dtypes), 32)
 
 
-def _fits(row: Tile, size: dict[str, int]) -> bool:
+def _fits(row: Tile, size: Mapping[str, int]) -> bool:
     return all(value <= row.size[name] for name, value in size.items())
 
 
-def _describe(size: dict[str, int]) -> str:
+def _describe(size: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {value}" for name, value in size.items())
 
 
 def family_of(capability: tuple[int, int]) -> str | None:
-    """Return the device family of a CUDA compute capability, or None if no table was made for it."""
-    names = [name for name, family in families().items() if tuple(family["capability"]) == capability]
+    """Return the device family of a CUDA compute capability, or None if no table was compiled for it."""
+    target = ".".join(map(str, capability))
+    names = [name for name, family in families().items() if target in family["targets"]]
     return names[0] if names else None

@@ -1,9 +1,9 @@
-"""Benchmark the kernels against every other way to compute the same.
+"""Benchmarks the kernels against every other way to compute the same.
 
     python kernels/benchmarks                                   # both ops; on a CPU tiny sizes in plain PyTorch
     python kernels/benchmarks --op evidence_pool --sizes M L --json build/bench/kernels.json --step-ms 850
 
-The tests of an op run first; while they are red no speed-up is told, and the exit code is 1.
+The tests of an op run first; while they are red no speed-up is reported, and the exit code is 1.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from driver import LEGEND, Ceilings, add_speedups, markdown, measure_ceilings, r
 ROOT = Path(__file__).resolve().parents[2]
 OPS = ("evidence_pool", "graph_attention")
 SIZES = ("tiny", "model", "model-12", "S", "M", "L")
-RED = "tests are red: no speed-up is told"
-UNTESTED = "tests were not run: no speed-up is told"
+RED = "tests are red: no speed-up is reported"
+UNTESTED = "tests were not run: no speed-up is reported"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--step-ms", type=float, help="milliseconds of a whole training step: tells each op's share of it"
     )
-    parser.add_argument("--no-tests", action="store_true", help="do not run the tests; no speed-up is told then")
+    parser.add_argument("--no-tests", action="store_true", help="do not run the tests; no speed-up is reported then")
     args = parser.parse_args(argv)
     if args.step_ms is not None and args.step_ms <= 0:
         parser.error(f"--step-ms is {args.step_ms}, allowed is a number above 0")
@@ -105,7 +105,7 @@ def share(rows: list[dict], calls: int, step_ms: float) -> list[str]:
 
 
 def tests_are_green(path: str) -> bool:
-    """Run the tests of an op as they stand beside this script; what they print goes to stderr."""
+    """Run the tests of an op as they stand next to this script; what they print goes to stderr."""
     # Without the project's own options, one of which needs a plug-in that a GPU machine may not have.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider", str(ROOT / path)]
     return subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""The interpreter's results on a CPU, and a GPU's beside them.
+"""Compares the interpreter's results on a CPU with those of a GPU.
 
     TRITON_INTERPRET=1 python kernels/benchmarks/compare.py --write build/kernels_cpu.npz     # on a CPU
     python kernels/benchmarks/compare.py --read build/kernels_cpu.npz                         # on a GPU

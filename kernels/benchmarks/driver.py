@@ -1,4 +1,4 @@
-"""What the benchmarks of both kernels share: timing, memory, ceilings of this machine, errors, tables.
+"""Provides what the benchmarks of both kernels share: timing, memory, ceilings of this machine, errors, tables.
 
 Times come from CUDA events over runs with a flushed L2 (`triton.testing.do_bench`), on a CPU from the clock. Ceilings -
 a copy, a matrix product, instruction issue - are measured in the same run, and a kernel's floor is the largest of what

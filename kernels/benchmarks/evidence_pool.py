@@ -1,4 +1,4 @@
-"""Benchmark of `evidence_pool`: sizes, traffic arithmetic and the other ways to compute it."""
+"""Benchmarks `evidence_pool`: sizes, traffic arithmetic and the other ways to compute it."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""What only a GPU can show, in one command: the tests compiled, the interpreter beside it, sanitizers, times.
+"""Checks on a GPU, in one command, what only a GPU can show: compiled tests, the interpreter, sanitizers, times.
 
     TRITON_INTERPRET=1 python kernels/benchmarks/compare.py --write build/kernels_cpu.npz     # on a CPU, to carry along
     python kernels/benchmarks/gpu_check.py --expected build/kernels_cpu.npz --out build/gpu   # on the GPU

@@ -1,4 +1,4 @@
-"""Benchmark of `graph_attention`: sizes, traffic and instruction arithmetic, and the other ways to compute it."""
+"""Benchmarks `graph_attention`: sizes, traffic and instruction arithmetic, and the other ways to compute it."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""A Triton kernel that only issues multiply-adds: the ceiling of instruction issue. Imported on a GPU only."""
+"""Defines a Triton kernel that only issues multiply-adds: the ceiling of instruction issue. Imported on a GPU only."""
 
 import torch
 import triton

@@ -20,13 +20,16 @@ from pathlib import Path
 
 import deepspeed  # noqa: F401  for the children
 import peft  # noqa: F401
+import peft.tuners.lora.bnb  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
+import transformers.integrations.bitsandbytes  # noqa: F401
 from safetensors.torch import save_file
 from training_runs import free_port
 
-from aullm_dist.endings import crash, leave
-from aullm_dist.train_cli import main
-from aullm_dist.training import checkpoint, fold, step
+from aullm_dist.checkpoint import store as checkpoint
+from aullm_dist.commands.train import main
+from aullm_dist.runtime.exits import crash, leave
+from aullm_dist.training import fold, step
 
 RANKS = 2
 
@@ -53,7 +56,9 @@ class Ended:
     killed_in: str | None
     """Phase in which the kill came, None if the life was over before."""
     step: int
-    """Steps that it had completed, 0 if none."""
+    """Steps that the victim had completed of its fold, 0 if none."""
+    fold: int = 0
+    """Which it was."""
 
 
 class _Victim:
@@ -61,10 +66,11 @@ class _Victim:
 
     def __init__(self, kill: Kill, report: Path) -> None:
         self.kill, self.report = kill, report
-        self.phase, self.done, self.operations, self.armed = "load", 0, 0, False
+        self.phase, self.fold, self.done, self.operations, self.armed = "load", 0, 0, 0, False
         self.seconds = kill.seconds
 
     def arm(self) -> None:
+        self._note_folds()
         self._wrap(step.TrainStep, "run", "step", lambda arguments: setattr(self, "done", arguments[2] + 1))
         self._wrap(fold.FoldTrainer, "_evaluate", "evaluation")
         self._wrap(fold.FoldTrainer, "_save", "save")
@@ -75,6 +81,15 @@ class _Victim:
             self._guard(shutil, "rmtree")
         elif self.kill.phase == "load":
             self._enter("load")
+
+    def _note_folds(self) -> None:
+        original = fold.FoldTrainer.run
+
+        def noted(trainer: fold.FoldTrainer, resume: bool) -> None:
+            self.fold, self.done = trainer.fold.index, 0
+            original(trainer, resume)
+
+        fold.FoldTrainer.run = noted
 
     def _wrap(self, owner: object, name: str, phase: str, after: Callable = lambda _: None) -> None:
         original = getattr(owner, name)
@@ -119,7 +134,7 @@ class _Victim:
 
     def _die(self) -> None:
         with open(self.report, "w") as file:
-            file.write(f"{self.phase} {self.done}")
+            file.write(f"{self.phase} {self.fold} {self.done}")
         if self.kill.everybody:
             os.killpg(0, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -213,7 +228,7 @@ def _obey_permissions() -> None:
         libc.capset(header, sets)
 
 
-def wait(pids: list[int], folder: Path, seconds: float = 120.0) -> Ended:
+def wait(pids: list[int], folder: Path, seconds: float = 600.0) -> Ended:
     """Wait for a life to end; when one of its processes has, end the others soon after, as a launcher does."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + seconds
@@ -230,8 +245,8 @@ def wait(pids: list[int], folder: Path, seconds: float = 120.0) -> Ended:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
     report = folder / "killed"
-    phase, done = report.read_text().split() if report.exists() else (None, "0")
-    return Ended([codes[pid] for pid in pids], (folder / "log").read_text(), phase, int(done))
+    phase, fold, done = report.read_text().split() if report.exists() else (None, "0", "0")
+    return Ended([codes[pid] for pid in pids], (folder / "log").read_text(), phase, int(done), int(fold))
 
 
 def random_kill(phase: str, everybody: bool, draw: random.Random, longest: float) -> Kill:

@@ -14,35 +14,26 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import peft  # noqa: F401  for the children
 import transformers.models.llama.modeling_llama  # noqa: F401
+from apart import apart
 
 from aullm_dist.errors import UserError
-from aullm_dist.release import merge_plan, merge_run
-from aullm_dist.release.merge import merge_llm
+from aullm_dist.merge import pipeline as merge_run
+from aullm_dist.merge import plan as merge_plan
+from aullm_dist.merge.merge import merge_llm
 
 MAX_RAM = 2**30
 PER_TRIAL = 3
 """Merges that are killed in one folder before one is left to end."""
-_PREPARE = """
-import sys; sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-from aullm_dist.model.tiny import build_tiny_backbone
-from merge_samples import write_checkpoint
-out = Path(sys.argv[2])
-llm = build_tiny_backbone(out / "llm", hidden=256, layers=4)
-for kind, nf4 in (("bf16", False), ("nf4", True)):
-    write_checkpoint(out / kind, llm, nf4=nf4)
-"""
 
 
 def main(kills: int, seed: int) -> int:
@@ -53,7 +44,7 @@ def main(kills: int, seed: int) -> int:
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="aullm-merge-kills-") as name:
         folder = Path(name)
-        subprocess.run([sys.executable, "-c", _PREPARE, str(Path(__file__).parents[1]), name], check=True)
+        apart(_prepare, folder)
         expected, seconds = {}, {}
         for kind in ("bf16", "nf4"):
             whole = folder / f"{kind}-whole"
@@ -76,6 +67,16 @@ def main(kills: int, seed: int) -> int:
             shutil.rmtree(out)
     print(f"{done} kills, {after_start} left an unfinished merge, {failed} trials ended in other bytes")
     return int(bool(failed))
+
+
+def _prepare(out: Path) -> None:
+    from merge_samples import write_checkpoint
+
+    from aullm_dist.llm.tiny import build_tiny_backbone
+
+    llm = build_tiny_backbone(out / "llm", hidden=256, layers=4)
+    for kind, nf4 in (("bf16", False), ("nf4", True)):
+        write_checkpoint(out / kind, llm, nf4=nf4)
 
 
 def life(checkpoint: Path, out: Path, kill_after: float | None) -> bool:

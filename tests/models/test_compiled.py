@@ -4,16 +4,18 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
+from aullm_dist.commands.train import baseline_config
 from aullm_dist.config import load
 from aullm_dist.config.checks import check
 from aullm_dist.errors import UserError
-from aullm_dist.model import packing
-from aullm_dist.model.compiled import compile_blocks
-from aullm_dist.model.llm import load_backbone
-from aullm_dist.model.packing import decoder_of, packed_hidden, rows_of
+from aullm_dist.llm.backbone import BackboneOptions, load_backbone
+from aullm_dist.llm.compiled import compile_blocks
 from aullm_dist.model.prompt import build_prompt
 from aullm_dist.model.reasoner import Reasoner
-from aullm_dist.train_cli import _baseline_config
+from aullm_dist.packing import masks
+from aullm_dist.packing.forward import decoder_of, packed_hidden
+from aullm_dist.packing.layout import rows_of
+from aullm_dist.packing.support import check_packable
 
 AUS = (1, 2, 4)
 PREFIX, SUFFIX, WIDTH = 10, 4, 32
@@ -27,7 +29,7 @@ def soft(num_suffixes):
 
 def trained(llm, **options):
     """Return a backbone in training mode whose LoRA changes the answers."""
-    model = load_backbone(llm, lora_rank=4, **options).model.train()
+    model = load_backbone(llm, BackboneOptions(lora_rank=4, **options)).model.train()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -60,7 +62,7 @@ def test_filled_up_rows_give_the_same_answers_and_gradients(tiny_llm, attention,
 
 
 def test_fillers_count_as_tokens(tiny_llm):
-    backbone = load_backbone(tiny_llm, lora_rank=4)
+    backbone = load_backbone(tiny_llm, BackboneOptions(lora_rank=4))
     prompt = build_prompt(AUS, backbone.tokenizer)
     reasoner = Reasoner(backbone, prompt, suffix_multiple=16, scale=1.0)
     decoder, seen = decoder_of(reasoner.llm), []
@@ -78,39 +80,39 @@ def test_fillers_count_as_tokens(tiny_llm):
 def test_masks_are_made_once_for_each_layout(tiny_llm, monkeypatch):
     model = trained(tiny_llm, attention="sdpa")
     made = []
-    build = packing._dense_masks
-    monkeypatch.setattr(packing, "_dense_masks", lambda *given: made.append(given) or build(*given))
+    build = masks.dense_masks
+    monkeypatch.setattr(masks, "dense_masks", lambda *given: made.append(given) or build(*given))
     for suffixes in (3, 4, 3, 4, 5):
         packed_hidden(model, *soft(suffixes), (3,))
     assert len(made) == 3
     for suffixes in range(6, 20):
         packed_hidden(model, *soft(suffixes), (3,))
-    assert len(packing._masks[decoder_of(model).config]) == packing._MASKS_KEPT
+    assert len(masks._masks[decoder_of(model).config]) == masks._MASKS_KEPT
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
 def test_the_block_mask_of_flex_attention_is_the_dense_mask(tmp_path, architecture):
-    from aullm_dist.model.tiny import build_tiny_backbone
+    from aullm_dist.llm.tiny import build_tiny_backbone
 
     folder = build_tiny_backbone(tmp_path / architecture, architecture=architecture, hidden=32, layers=1, heads=2)
-    config = decoder_of(load_backbone(folder, attention="sdpa").model).config
+    config = decoder_of(load_backbone(folder, BackboneOptions(attention="sdpa")).model).config
     prefix, suffix, count = 40, 9, 7
     length = prefix + suffix * count
-    places = packing._positions_and_segments(prefix, suffix, count, torch.device("cpu"))
+    places = masks.positions_and_segments(prefix, suffix, count, torch.device("cpu"))
     sequence = torch.zeros(1, length, 32)
-    dense = packing._dense_masks(config, sequence, *places)
+    dense = masks.dense_masks(config, sequence, *places)
     config._attn_implementation = "flex_attention"
-    block = packing._dense_masks(config, sequence, *places)
+    block = masks.dense_masks(config, sequence, *places)
     assert isinstance(block, BlockMask)
     index = torch.arange(length)
     visible = block.mask_mod(torch.tensor(0), torch.tensor(0), index[:, None], index[None, :])
     assert torch.equal(visible, dense[0, 0])
-    packing.check_packable(config, "flex_attention")
+    check_packable(config, "flex_attention")
 
 
 def test_flex_attention_is_refused_on_a_cpu(tiny_llm):
     with pytest.raises(UserError, match="attention is 'flex', which has no backward pass on CPUs; allowed here: auto,"):
-        load_backbone(tiny_llm, attention="flex")
+        load_backbone(tiny_llm, BackboneOptions(attention="flex"))
 
 
 @pytest.mark.parametrize(
@@ -153,11 +155,11 @@ def test_compiled_blocks_are_refused_under_zero3(monkeypatch):
     monkeypatch.setattr(run_module.workspace, "check_run_folder", lambda *given: pytest.fail("refused too late"))
     config = load(None, ["model.compile=blocks", "training.strategy=zero3"])
     with pytest.raises(UserError, match="allowed with ZeRO-3: none"):
-        run_module.run(None, config, "new", None, None)
+        run_module.run(None, config, "new", None)
 
 
 def test_the_baseline_of_a_compiled_run_is_a_valid_run(tmp_path):
     settings = ["model.compile=blocks", "model.suffix_multiple=8", "training.baseline=true", "data.train=[somewhere]"]
-    baseline = _baseline_config(load(None, settings), tmp_path)
+    baseline = baseline_config(load(None, settings), tmp_path, "led_cnn")
     assert (baseline.model.llm, baseline.model.compile) == ("none", "none")
     check(baseline)

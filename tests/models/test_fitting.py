@@ -8,7 +8,7 @@ import torch
 
 from aullm_dist.config import load
 from aullm_dist.errors import UserError
-from aullm_dist.model.tiny import build_tiny_backbone
+from aullm_dist.llm.tiny import build_tiny_backbone
 from aullm_dist.training import fitting
 
 AUS = (1, 2, 4, 12)

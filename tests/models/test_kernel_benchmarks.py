@@ -67,7 +67,7 @@ def read(path):
 def test_red_tests_keep_every_speedup_back(quick, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(quick.main, "tests_are_green", lambda path: False)
     assert quick.main.main(["--op", "evidence_pool", "--json", str(tmp_path / "k.json")]) == 1
-    assert "- tests are red: no speed-up is told" in capsys.readouterr().out
+    assert "- tests are red: no speed-up is reported" in capsys.readouterr().out
     (result,) = read(tmp_path / "k.json")["results"]
     assert not any("ours_faster" in row for row in result["rows"])
 

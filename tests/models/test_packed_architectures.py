@@ -3,27 +3,32 @@
 The oracle is always the library's own eager attention on padded rows: one row per branch, masks made by the library.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import PeftModel
 from tiny_architectures import ARCHITECTURES, CASES, WIDTH, WINDOW, WINDOWED, tiny_config, write_backbone
-from transformers import AutoModelForCausalLM, Gemma3Config
+from transformers import AutoModelForCausalLM
 
 from aullm_dist.errors import UserError
-from aullm_dist.model import packing, prefix_attention
-from aullm_dist.model.llm import (
+from aullm_dist.llm.backbone import (
     ACTIVATION_CHECKPOINTING,
+    BackboneOptions,
     checkpoint_activations,
     embedding_rms,
     load_backbone,
     mean_embeddings,
 )
-from aullm_dist.model.packing import check_packable, decoder_of, packed_hidden, padded_hidden
+from aullm_dist.llm.tiny import build_tiny_backbone
 from aullm_dist.model.prompt import build_prompt
-from aullm_dist.model.quantization import QUANTIZATIONS
 from aullm_dist.model.reasoner import Reasoner
-from aullm_dist.model.tiny import build_tiny_backbone
+from aullm_dist.packing import attention as prefix_attention
+from aullm_dist.packing import forward, masks
+from aullm_dist.packing.forward import decoder_of, packed_hidden, padded_hidden
+from aullm_dist.packing.support import check_packable
 
+QUANTIZATIONS = ("none", "nf4")
 BRANCHES = torch.tensor([[0, 0], [1, 1], [2, 2], [0, 3], [1, 4], [0, 4], [2, 2]])
 
 
@@ -35,7 +40,7 @@ def folders(tmp_path_factory):
 
 
 def make_reasoner(folder, *, packing=True, **loading):
-    backbone = load_backbone(folder, lora_rank=4, packing=packing, **loading)
+    backbone = load_backbone(folder, BackboneOptions(lora_rank=4, packing=packing, **loading))
     torch.manual_seed(3)
     reasoner = Reasoner(backbone, build_prompt((1, 2, 4, 12), backbone.tokenizer, readout="per_au"), packing=packing)
     generator = torch.Generator().manual_seed(4)
@@ -113,7 +118,7 @@ def test_bfloat16_passes_the_self_check(folders, name, attention, quantization):
 def test_one_suffix_that_all_see_is_noticed_in_bfloat16(folders, monkeypatch, name, quantization):
     """The least of the leaks: the others see one suffix of three."""
     reasoner = make_reasoner(folders[name], attention="eager", dtype=torch.bfloat16, quantization=quantization)
-    split = packing._positions_and_segments
+    split = masks.positions_and_segments
 
     def first_suffix_seen_by_all(*sizes):
         positions, segments = split(*sizes)
@@ -121,10 +126,10 @@ def test_one_suffix_that_all_see_is_noticed_in_bfloat16(folders, monkeypatch, na
 
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), monkeypatch.context() as patch:
-            packing._masks.clear()
+            masks._masks.clear()
             reasoner.self_check()
-            patch.setattr(packing, "_positions_and_segments", first_suffix_seen_by_all)
-            packing._masks.clear()
+            patch.setattr(masks, "positions_and_segments", first_suffix_seen_by_all)
+            masks._masks.clear()
             with pytest.raises(UserError, match="other hidden states packed than padded"):
                 reasoner.self_check()
 
@@ -138,9 +143,9 @@ def test_prefix_attention_runs_padded_rows(folders, expected, name):
 @pytest.mark.parametrize(("name", "attention"), [case for case in CASES if case[0] in WINDOWED])
 def test_an_ignored_window_is_noticed(folders, expected, monkeypatch, name, attention):
     reasoner = make_reasoner(folders[name], attention=attention)
-    masks, attend = packing.layer_windows, prefix_attention._suffixes
-    monkeypatch.setattr(packing, "layer_windows", lambda config: dict.fromkeys(masks(config)))
-    monkeypatch.setattr(prefix_attention, "_suffixes", lambda *a, **given: attend(*a, **(given | {"window": None})))
+    windows, attend = masks.layer_windows, prefix_attention._suffixes
+    monkeypatch.setattr(masks, "layer_windows", lambda config: dict.fromkeys(windows(config)))
+    monkeypatch.setattr(prefix_attention, "_suffixes", lambda *a: attend(*a[:-1], replace(a[-1], window=None)))
     assert deviations(answer(reasoner), expected[name, "none"])["hidden"] > 1e-2
     with pytest.raises(UserError, match="other hidden states packed than padded"):
         reasoner.self_check()
@@ -149,13 +154,14 @@ def test_an_ignored_window_is_noticed(folders, expected, monkeypatch, name, atte
 @pytest.mark.parametrize(("name", "attention"), [c for c in CASES if c[0] in WINDOWED and c[1] != "prefix"])
 def test_a_window_counted_by_index_is_noticed(folders, monkeypatch, name, attention):
     reasoner = make_reasoner(folders[name], attention=attention)
-    split = packing._positions_and_segments
+    split = masks.positions_and_segments
 
     def by_index(*sizes):
         positions, segments = split(*sizes)
         return torch.arange(len(positions)), segments
 
-    monkeypatch.setattr(packing, "_positions_and_segments", by_index)
+    for module in (masks, forward):
+        monkeypatch.setattr(module, "positions_and_segments", by_index)
     with pytest.raises(UserError, match="other hidden states packed than padded"):
         reasoner.self_check()
 
@@ -163,14 +169,14 @@ def test_a_window_counted_by_index_is_noticed(folders, monkeypatch, name, attent
 def test_an_ignored_soft_cap_is_noticed(folders, monkeypatch):
     reasoner = make_reasoner(folders["gemma2"])
     attend = prefix_attention._suffixes
-    monkeypatch.setattr(prefix_attention, "_suffixes", lambda *a, **given: attend(*a, **(given | {"softcap": None})))
+    monkeypatch.setattr(prefix_attention, "_suffixes", lambda *a: attend(*a[:-1], replace(a[-1], softcap=None)))
     with pytest.raises(UserError, match="other hidden states packed than padded"):
         reasoner.self_check()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_embeddings_are_what_the_first_layer_sees_of_words(folders, name):
-    backbone = load_backbone(folders[name], packing=False)
+    backbone = load_backbone(folders[name], BackboneOptions(packing=False))
     decoder = decoder_of(backbone.model).eval()
     ids = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
     seen = []
@@ -205,16 +211,9 @@ def test_adapter_loads_with_stock_peft(folders, tmp_path, name):
             assert (stock(input_ids=ids).logits - logits).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_gemma3_with_a_vision_tower_is_refused_by_name(tmp_path, packing):
-    Gemma3Config(text_config=tiny_config("gemma3").to_dict()).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="'gemma3' holds more than a text decoder; allowed: .* such as gemma3_text"):
-        load_backbone(tmp_path, packing=packing)
-
-
 def test_what_auto_chooses_and_why(folders):
     def reason(name, **options):
-        return load_backbone(folders[name], lora_rank=0, **options).reasons["attention"]
+        return load_backbone(folders[name], BackboneOptions(lora_rank=0, **options)).reasons["attention"]
 
     assert reason("qwen2") == "prefix (auto: knows the layout of packed branches)"
     assert reason("mistral").endswith("branches), window of 6 tokens on 2 of 2 layers")
@@ -223,9 +222,9 @@ def test_what_auto_chooses_and_why(folders):
     assert reason("gemma3", packing=False).startswith("sdpa (auto: ")
     assert reason("gemma3", attention="eager").startswith("eager (as set)")
     with pytest.raises(UserError, match=r"gemma2 has no sdpa attention .* allowed: prefix, eager"):
-        load_backbone(folders["gemma2"], attention="sdpa")
+        load_backbone(folders["gemma2"], BackboneOptions(attention="sdpa"))
     with pytest.raises(UserError, match="gemma2: has no sdpa attention; set model.attention to auto or eager"):
-        load_backbone(folders["gemma2"], attention="sdpa", packing=False)
+        load_backbone(folders["gemma2"], BackboneOptions(attention="sdpa", packing=False))
 
 
 @pytest.mark.parametrize(

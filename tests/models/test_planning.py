@@ -7,26 +7,28 @@ import json
 import numpy as np
 import pytest
 import torch
+from tiny_backbones import small_config
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from aullm_dist.checkpoint.store import RunFacts, save_checkpoint
 from aullm_dist.cli import main
-from aullm_dist.config import load
+from aullm_dist.config import load, load_strategy
 from aullm_dist.errors import UserError
-from aullm_dist.model.architecture import check_architecture, config_of
+from aullm_dist.llm.architecture import check_architecture, config_of
+from aullm_dist.llm.piecewise import owners
+from aullm_dist.llm.tiny import ARCHITECTURES, build_tiny_backbone, tiny_parts
 from aullm_dist.model.counterfactual import Chances, Counts, branching, counts_of, draw_interventions, mean_and_largest
-from aullm_dist.model.piecewise import owners
-from aullm_dist.model.tiny import ARCHITECTURES, build_tiny_backbone, tiny_parts
 from aullm_dist.planning import trace as tracing
 from aullm_dist.planning.advice import advise
 from aullm_dist.planning.cluster import Cluster, parse_size
 from aullm_dist.planning.engines import Engine
-from aullm_dist.planning.planner import plan
+from aullm_dist.planning.planner import NotPlanned, plan
 from aullm_dist.planning.prompts import plan_prompt
 from aullm_dist.planning.report import as_dict, shortfall
 from aullm_dist.planning.saving import checkpoint_bytes
 from aullm_dist.planning.skeleton import batch_of, build, weights_of
 from aullm_dist.planning.trace import trace
 from aullm_dist.training.build import build_model
-from aullm_dist.training.checkpoint import save_checkpoint
 from aullm_dist.training.optimizer import build_optimizer
 
 LLAMA = {
@@ -34,6 +36,7 @@ LLAMA = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 1024,
     "tie_word_embeddings": False,
 }  # fmt: skip
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 COUNTS = Counts(2, 6, 8, 12)
 # Passes without values take as long as they have operations.
 FEW = ["model.structure=false", "model.readout=last", "model.lora_targets=[q_proj]"]
@@ -124,6 +127,18 @@ def test_passes_without_values_allocate_what_real_ones_do(backbones):
     assert sum(record.change for record in planned.records) == pytest.approx(gradients, rel=0.02)
 
 
+@pytest.mark.parametrize("divided", [False, True])
+def test_gradients_that_nobody_takes_stay_until_the_end(backbones, divided):
+    """Of an LLM that teams share too: it is divided, but no engine takes the gradients of its LoRA."""
+    config = _config(backbones("llama"), *FEW, "model.lora_rank=64")
+    prompt = plan_prompt(config).prompt
+    planned = trace(
+        config, config_of(config.model), prompt, COUNTS, training=True, keep_gradients=True, divided=divided
+    )
+    trained = sum(w.nbytes for w in _skeleton(config) if w.trainable)
+    assert sum(record.change for record in planned.records) == pytest.approx(trained, rel=0.002)
+
+
 def test_operations_are_those_of_the_products(backbones):
     config = _config(backbones("llama"))
     prompt, llm = plan_prompt(config).prompt, config_of(config.model)
@@ -152,7 +167,12 @@ def test_optimizer_and_checkpoint_are_as_large_as_planned(backbones, tmp_path):
     assert terms["AdamW's moments: 2T"] == moments
     assert terms["trained parameters: T"] == moments // 2
     folder = save_checkpoint(
-        tmp_path, 1, model=built.model, optimizer=optimizer, state={}, config={}, model_config=built.model_config
+        tmp_path,
+        1,
+        model=built.model,
+        optimizer=optimizer,
+        state={},
+        run=RunFacts(config={}, model_config=built.model_config),
     )
     written = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     # Headers, counters and the few buffers are all there is besides.
@@ -173,7 +193,7 @@ def test_branches_are_counted_as_they_are_drawn():
 
 
 def test_no_crossed_pairs_without_a_graph():
-    config = load(None, ["counterfactual.branches=2"])
+    config = load(None, ["counterfactual.enabled=true", "counterfactual.branches=2"])
     assert branching(config, has_graph=True)[1]
     assert not branching(config, has_graph=False)[1]
     assert "structure" not in branching(config, has_graph=False)[0].names
@@ -202,7 +222,7 @@ def test_architecture_and_folder_give_the_same_plan(backbones):
     vocabulary = len(tiny_parts("llama", layers=3)[1])
     named = _named(vocab_size=vocabulary)
     config = _config(folder, "training.micro_batch=4", *FEW)
-    named.model.lora_rank, named.model.dropout = 4, 0.0
+    named = named.changed({"model.lora_rank": 4, "model.dropout": 0.0})
     tokens = plan_prompt(config).prompt
     lengths = {"prefix_tokens": tokens.prefix_tokens, "suffix_tokens": tokens.suffix_tokens}
     cluster = Cluster(gpus=2, gpu_memory=2**34)
@@ -224,9 +244,25 @@ def test_terms_add_up_to_the_peaks_that_are_told():
     json.dumps(told)
 
 
+@pytest.mark.parametrize(
+    ("quantization", "gpus", "on_host"), [("none", 1, True), ("nf4", 1, False), ("none", 2, False)]
+)
+def test_one_process_loads_what_is_not_packed_into_the_memory_of_the_machine(quantization, gpus, on_host):
+    config = load(None, ["model.llm=tiny", f"model.quantization={quantization}", *SMALL])
+    loading = plan(config, Cluster(gpus=gpus), speed=False).phases[0]
+    assert (loading.total(False) == 0) == on_host
+    assert (loading.total(True) > 0) == on_host
+
+
+def test_a_gpu_holds_the_gradient_bucket_of_zero3_before_the_first_step():
+    config = load(None, ["model.llm=tiny", "training.strategy=zero3", *SMALL])
+    start = next(phase for phase in plan(config, Cluster(gpus=2), speed=False).phases if phase.name == "start")
+    bucket = load_strategy("zero3").deepspeed["zero_optimization"]["reduce_bucket_size"]
+    assert start.total(False) > 4 * bucket
+
+
 def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would():
-    config = _named()
-    config.training.micro_batch = config.training.global_batch = 1
+    config = _named().changed({"training.micro_batch": 1, "training.global_batch": 1})
     needed = plan(config, Cluster(gpu_memory=1), speed=False).gpu_bytes
     cluster = Cluster(gpus=1, gpu_memory=needed - 2**18, reserve=0)
     planned = plan(config, cluster, speed=False)
@@ -265,7 +301,8 @@ def test_advice_takes_single_changes_in_order_and_then_the_smallest_combination(
 @pytest.mark.parametrize(
     ("architecture", "part"),
     [
-        ({**LLAMA, "model_type": "bert"}, "model_type is 'bert'"),
+        ({**{name: LLAMA[name] for name in SIZES}, "model_type": "bert"}, "model_type is 'bert', which is no decoder"),
+        ({**{name: LLAMA[name] for name in SIZES}, "model_type": "t5"}, "model_type is 't5'"),
         ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, "lacks vocab_size"),
         ({**LLAMA, "hiden_size": 3}, "hiden_size is no field"),
         ({**LLAMA, "num_hidden_layers": 0}, "num_hidden_layers is 0"),
@@ -356,3 +393,63 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments, part):
     assert part in captured.err
     assert len(captured.err.strip().splitlines()) == 1
     assert not captured.out
+
+
+def test_a_plan_for_cpus_speaks_of_cpus(capsys, tmp_path):
+    """Neither GPUs nor an H100's arithmetic: nothing is known of the CPU's until it is given."""
+    told = tmp_path / "plan.json"
+    assert main(["plan", "demo", "--cpu", "--json", str(told), *SMALL]) == 0
+    text = capsys.readouterr().out
+    assert "GPU" not in text.replace("--gpu-", "")
+    assert "H100" not in text
+    assert "0.00 TFLOP" not in text
+    speed = json.loads(told.read_text())["speed"]
+    assert speed["flops"] > 0
+    assert speed["compute_seconds"] is speed["clips_per_second"] is None
+    assert main(["plan", "demo", "--cpu", "--gpu-flops", "1e11", *SMALL]) == 0
+    assert "0.1 TFLOP/s at the peak of a process" in capsys.readouterr().out
+    with pytest.raises(UserError, match="3 processes on 2 machines"):
+        Cluster(gpus=3, nodes=2, cpu=True)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "lfm2"])
+def test_any_type_that_packs_is_planned_from_its_description(name, tmp_path):
+    """By the fields of its config.json in the run file: experts, sinks, layers of several kinds."""
+    small = small_config(name)
+    small.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    described = {key: fields[key] for key in fields if not key.startswith(("transformers", "architectures", "dtype"))}
+    config = load(None, ["model.llm=some/where", f"model.architecture={json.dumps(described)}", *FEW])
+    assert config_of(config.model).to_dict() == AutoConfig.from_pretrained(tmp_path).to_dict() | {"_name_or_path": ""}
+    planned = plan(config, Cluster(), prefix_tokens=20, suffix_tokens=8, speed=False)
+    model = AutoModelForCausalLM.from_config(small)
+    assert planned.sizes["llm_weights"] == sum(p.numel() for p in model.parameters())
+
+
+def test_experts_in_four_bits_are_planned_as_they_are_stored():
+    small = small_config("qwen3_moe")
+    config = load(None, ["model.llm=some/where", "model.quantization=nf4_experts", "training.precision=bf16", *FEW])
+    planned = {
+        quantization: plan(
+            config.changed({"model.quantization": quantization}),
+            Cluster(), llm=small, prefix_tokens=20, suffix_tokens=8, speed=False,
+        )
+        for quantization in ("nf4", "nf4_experts")
+    }  # fmt: skip
+    experts = small.num_hidden_layers * small.num_experts * 3 * small.hidden_size * small.moe_intermediate_size
+    sizes = {quantization: plan.sizes for quantization, plan in planned.items()}
+    assert sizes["nf4_experts"]["packed_weights"] - sizes["nf4"]["packed_weights"] == experts
+    saved = sizes["nf4"]["llm_bytes"] - sizes["nf4_experts"]["llm_bytes"]
+    assert 1.4 * experts < saved < 1.5 * experts
+    assert planned["nf4"].gpu_bytes - planned["nf4_experts"].gpu_bytes == saved
+
+
+def test_code_that_needs_values_is_said_to(monkeypatch):
+    config = load(None, ["model.llm=some/where", *FEW])
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("aten::nonzero needs\nvalues")
+
+    monkeypatch.setattr(tracing, "_run", broken)
+    with pytest.raises(NotPlanned, match=r"model type 'lfm2' cannot .* \(RuntimeError: aten::nonzero needs values\)"):
+        plan(config, Cluster(), llm=small_config("lfm2"), prefix_tokens=21, suffix_tokens=8)

@@ -11,16 +11,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from aullm_dist.config import load
 from aullm_dist.data.clips import ClipStore
+from aullm_dist.data.order import BatchPlan, SampleStream
 from aullm_dist.errors import UserError
+from aullm_dist.monitoring.clock import PARTS
+from aullm_dist.monitoring.writer import Throughput
 from aullm_dist.training import guard as guard_module
 from aullm_dist.training.batches import training_loader
 from aullm_dist.training.build import build_model, training_recipe
 from aullm_dist.training.guard import GradientGuard
-from aullm_dist.training.monitor import Throughput
-from aullm_dist.training.monitor_clock import PARTS
+from aullm_dist.training.learner import Learner
 from aullm_dist.training.objective import Objective
 from aullm_dist.training.optimizer import build_optimizer
-from aullm_dist.training.order import BatchPlan, SampleStream
 from aullm_dist.training.step import LossLog, TrainStep
 
 AUS = (1, 2, 4, 7, 12)
@@ -76,10 +77,9 @@ class Loop:
         self.optimizer = build_optimizer(self.model, config.training)
         self.guard = GradientGuard(self.optimizer, config.training.max_bad_steps, fold=0)
         self.accelerator.gradient_accumulation_steps = 2
-        trainables = [p for p in self.model.parameters() if p.requires_grad]
         self.step = TrainStep(
-            self.accelerator, self.model, trainables, Objective.from_config(config), config.training, self.guard,
-            accumulation=2, tokens=self.built.tokens,
+            self.accelerator, Learner(self.built, self.model, self.optimizer), Objective.from_config(config),
+            config.training, self.guard, accumulation=2,
         )  # fmt: skip
         recipe = training_recipe(config, self.built)
         plan, stream = BatchPlan(4, 2, 1, 0), SampleStream(len(view), 0)
@@ -112,7 +112,7 @@ def test_between_logged_steps_nothing_waits_for_the_device(tiny_dataset, tiny_ll
         loop.run(2, 3)
     assert mode.found == set()
     with profile(activities=[ProfilerActivity.CPU]) as trace:
-        loop.guard.settle()
+        loop.guard.wait_for_steps()
         losses = loop.log.read()
     assert "aten::item" in waiting(trace), "the trace would show a host that waits"
     assert all(math.isfinite(value) for value in losses.values())
@@ -157,7 +157,7 @@ class Arrival:
 
 
 def test_norms_on_their_way_are_looked_at_late_and_in_order(monkeypatch):
-    """As on a GPU, where a norm has an event: at most 8 steps are open, and `settle` waits for all of them."""
+    """As on a GPU, where a norm has an event: at most 8 steps are open, and `wait_for_steps` waits for all of them."""
     parameter = torch.nn.Parameter(torch.zeros(2))
     guard = GradientGuard(torch.optim.AdamW([parameter], fused=True), max_bad_steps=3, fold=0)
     waited: list[int] = []
@@ -167,7 +167,7 @@ def test_norms_on_their_way_are_looked_at_late_and_in_order(monkeypatch):
         guard._look(guard_module.STEPS_BEHIND)
     assert waited == [0, 1, 2, 3]
     assert guard.bad_steps == 0
-    guard.settle()
+    guard.wait_for_steps()
     assert waited == list(range(12))
     assert guard.bad_steps == 2
 

@@ -30,6 +30,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(dispatch, "_interprets", lambda: False)
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(dispatch, "start_obstacle", lambda device: None)
 
 
 def python(code, **environment):
@@ -62,10 +63,13 @@ def test_the_argument_comes_before_the_environment(monkeypatch):
 
 
 def test_a_gpu_without_configurations_takes_torch(hopper, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     chosen, reason = resolve("evidence_pool", "auto", "cuda")
-    assert (chosen, reason) == ("torch", "its compute capability is 8.6, there are configurations for 9.0")
-    with pytest.raises(ValueError, match=r"is 'triton', but its compute capability is 8\.6"):
+    assert (chosen, reason) == (
+        "torch",
+        "its compute capability is 7.5, there are configurations for 8.0, 8.6, 8.9, 9.0, 12.0",
+    )
+    with pytest.raises(ValueError, match=r"is 'triton', but its compute capability is 7\.5"):
         resolve("evidence_pool", "triton", "cuda")
 
 
@@ -174,9 +178,9 @@ def test_the_table_has_a_row_for_each_size_of_the_model():
     for family in tables.families():
         for bits, channels in ((16, 64), (16, 256), (19, 256), (32, 64)):
             size = {"bits": bits, "rows": 14, "channels": channels}
-            found = [tables.tile(f"evidence_pool_{stage}", family, **size) for stage in ("forward", "backward")]
+            found = [tables.tile(f"evidence_pool_{stage}", size, family) for stage in ("forward", "backward")]
             assert {tile.size["rows"] for tile in found} == {16}
-        assert tables.oversize("graph_attention", family, features=16, degree=16, relations=5) is None
+        assert tables.oversize("graph_attention", {"features": 16, "degree": 16, "relations": 5}, family) is None
 
 
 def test_masked_loads_say_what_else():

@@ -41,7 +41,8 @@ def log_messages(name: str) -> None:
 def main() -> None:
     for name in ("all_gather", "all_gather_into_tensor", "broadcast", "all_reduce"):
         log_messages(name)
-    from aullm_dist.training import engine, fold, step
+    from aullm_dist.distributed import engine
+    from aullm_dist.training import fold, step
 
     def counting(what, work):
         def counted(*args, **kwargs):

@@ -7,7 +7,8 @@ import sys
 import time
 
 import pytest
-from training_runs import free_port
+from nursery import Task
+from training_runs import free_port, nursery
 
 from aullm_dist import cli
 
@@ -15,27 +16,49 @@ pytestmark = pytest.mark.launch
 TIMEOUT = 3.0
 
 
-def tasks(folder, port, *, changes=(), arguments=(), size=2):
-    """Run `doctor --distributed` as srun would on nodes n1, n2; return exit codes, outputs and seconds."""
-    processes = []
-    begun = time.monotonic()
+def tasks(folder, port, *, changes=(), arguments=(), size=2, start=None):
+    """Run `doctor --distributed` as srun would on nodes n1, n2; return exit codes, outputs and seconds.
+
+    By default the processes are forked; `start_anew` starts them.
+    """
+    given = []
     for rank in range(size):
         environment = {
-            **os.environ, "SLURM_PROCID": str(rank), "SLURM_NTASKS": str(size), "SLURMD_NODENAME": f"n{rank + 1}",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            **os.environ, "OMP_NUM_THREADS": "1", "SLURM_PROCID": str(rank), "SLURM_NTASKS": str(size),
+            "SLURMD_NODENAME": f"n{rank + 1}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
         environment |= dict(changes[rank]) if rank < len(changes) else {}
-        command = [sys.executable, "-m", "aullm_dist.cli", "doctor", "--distributed", "--quick", f"--timeout={TIMEOUT}"]
+        command = ["doctor", "--distributed", "--quick", f"--timeout={TIMEOUT}"]
         command += [*(arguments[rank] if rank < len(arguments) else (f"--folder={folder}",))]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
+        given.append(Task("aullm_dist.cli", command, environment, is_module=True))
+    nursery()  # its own start is not timed
+    begun = time.monotonic()
+    codes, outputs = (start or forked)(given)
+    return codes, outputs, time.monotonic() - begun
+
+
+def forked(given):
+    ended = nursery().run(given, limit=60, together=False)
+    return ended.codes, [out + error for out, error in zip(ended.outputs, ended.errors, strict=True)]
+
+
+def start_anew(given):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", task.program, *task.arguments],
+            env=task.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )  # fmt: skip
+        for task in given
+    ]
     outputs = [process.communicate(timeout=60)[0] for process in processes]
-    return [process.returncode for process in processes], outputs, time.monotonic() - begun
+    return [process.returncode for process in processes], outputs
 
 
 def test_nodes_that_agree(tmp_path):
-    codes, (main, other), _ = tasks(tmp_path, free_port())
+    codes, (main, other), _ = tasks(tmp_path, free_port(), start=start_anew)
     assert codes == [0, 0], main + other
     assert "2 tasks met at 127.0.0.1" in main
     assert "every node reads what every other wrote" in main
@@ -91,7 +114,7 @@ def test_a_node_with_another_version(tmp_path):
     path = os.pathsep.join([str(older.parent), os.environ.get("PYTHONPATH", "")])
     folder = tmp_path / "shared"
     folder.mkdir()
-    codes, (main, _), seconds = tasks(folder, free_port(), changes=[{}, {"PYTHONPATH": path}])
+    codes, (main, _), seconds = tasks(folder, free_port(), changes=[{}, {"PYTHONPATH": path}], start=start_anew)
     assert codes == [1, 1], main
     assert "FAIL all          versions     n2 (task 1) has peft 0.1, n1 has" in main
     assert seconds < 25

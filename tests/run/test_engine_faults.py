@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_runs import TRAIN, free_port, launch, newest_checkpoint, overrides, partition_everything, scalars
+from training_runs import TRAIN, fork, free_port, launch, newest_checkpoint, overrides, partition_everything, scalars
 
-from aullm_dist.model.tiny import build_tiny_backbone
+from aullm_dist.llm.tiny import build_tiny_backbone
 
 pytestmark = pytest.mark.launch
 
@@ -40,7 +40,7 @@ def test_the_frozen_base_is_gathered_by_steps_alone(tiny_dataset, tmp_path, quan
         tiny_dataset, llm, tmp_path / "run", training__strategy=strategy, model__quantization=quantization,
         model__activation_checkpointing=checkpointing,
     )  # fmt: skip
-    result = launch(*settings, processes=2, script=PROBE, environment={"PROBE_FOLDER": str(tmp_path)})
+    result = fork(*settings, processes=2, program=PROBE, environment={"PROBE_FOLDER": str(tmp_path)})
     assert result.returncode == 0, result.stderr
     facts = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     values, frozen = facts[0]["trainable_values"], facts[0]["frozen_bytes"]
@@ -78,7 +78,7 @@ def test_the_frozen_base_is_gathered_by_steps_alone(tiny_dataset, tmp_path, quan
 def test_a_mistake_ends_both_processes_with_one_line(tiny_dataset, tiny_llm, tmp_path, changes, launcher, message):
     run = tmp_path / "run"
     settings = short(tiny_dataset, tiny_llm, run, **changes)
-    result = launch(*settings, processes=2, launcher=launcher)
+    result = launch(*settings, processes=2, launcher=launcher) if launcher else fork(*settings, processes=2)
     assert result.returncode != 0
     errors = re.findall(r"^train\.py: error: .*$", result.stderr, re.MULTILINE)
     assert len(errors) == 1, result.stderr
@@ -99,7 +99,7 @@ def test_a_backbone_that_does_not_fit_is_refused_before_its_files_are_read(tiny_
     config |= {"hidden_size": 2**16, "intermediate_size": 2**18, "head_dim": 2**14}
     (llm / "config.json").write_text(json.dumps(config))
     settings = short(tiny_dataset, llm, tmp_path / "run", training__strategy="zero3", training__check_memory=True)
-    result = launch(*settings, processes=2)
+    result = fork(*settings, processes=2)
     (error,) = re.findall(r"^train\.py: error: .*$", result.stderr, re.MULTILINE)
     assert "the run does not fit: each process needs" in error
     # The launcher has a traceback of its own; none of ours crashed.
@@ -112,7 +112,7 @@ def test_a_damaged_backbone_is_named_before_anything_is_allocated(tiny_dataset, 
     shutil.copytree(tiny_llm, llm)
     weights = llm / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    result = launch(*short(tiny_dataset, llm, tmp_path / "run", training__strategy="zero3"), processes=2)
+    result = fork(*short(tiny_dataset, llm, tmp_path / "run", training__strategy="zero3"), processes=2)
     (error,) = re.findall(r"^train\.py: error: .*$", result.stderr, re.MULTILINE)
     assert f"{weights}: is truncated" in error
     assert not (tmp_path / "run" / "config.yaml").exists()
@@ -124,7 +124,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_then_ends_the_run(tiny_dat
         tiny_dataset, tiny_llm, tmp_path / "run", training__strategy=strategy, training__lr_new=1e30,
         training__max_bad_steps=2, training__max_steps=9, training__save_every_steps=None,
     )  # fmt: skip
-    result = launch(*settings, processes=2)
+    result = fork(*settings, processes=2)
     assert result.stderr.count("the gradient is not finite; skipped") == 2
     assert "not finite in 2 steps in a row" in result.stderr
     assert result.stderr.count("train.py: error:") == 1
@@ -138,7 +138,7 @@ def test_other_versions_on_one_process_are_refused(tiny_dataset, tiny_llm, tmp_p
         "    metadata.version = lambda name: '0.1' if name == 'peft' else version(name)\n"
         f"sys.argv[0] = {str(TRAIN)!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    result = launch(*short(tiny_dataset, tiny_llm, tmp_path / "run"), processes=2, script=script)
+    result = fork(*short(tiny_dataset, tiny_llm, tmp_path / "run"), processes=2, program=script)
     (error,) = re.findall(r"^train\.py: error: .*$", result.stderr, re.MULTILINE)
     assert "process 1 has peft 0.1, process 0 has" in error
     assert not (tmp_path / "run" / "config.yaml").exists()
@@ -153,7 +153,7 @@ def test_a_crash_of_ours_shows_its_traceback(tiny_dataset, tiny_llm, tmp_path):
         "step.TrainStep.run = broken\n"
         f"sys.argv[0] = {str(TRAIN)!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    result = launch(*short(tiny_dataset, tiny_llm, tmp_path / "run"), processes=2, script=script)
+    result = fork(*short(tiny_dataset, tiny_llm, tmp_path / "run"), processes=2, program=script)
     assert result.returncode != 0
     assert re.search(r"^\[rank \d\] Traceback", result.stderr, re.MULTILINE), result.stderr
     assert "AssertionError: on purpose" in result.stderr
@@ -181,3 +181,16 @@ def test_two_machines_need_no_pdsh(tiny_dataset, tiny_llm, tmp_path):
     assert [machine.returncode for machine in machines] == [0, 0], errors
     assert len(scalars(tmp_path / "run", "loss/loss")) == 2
     assert "Engine: DeepSpeed ZeRO-2" in errors[0]
+
+
+def test_the_train_command_ends_like_its_processes(tiny_dataset, tiny_llm, tmp_path):
+    """Exit code 2 and one line, where the launcher itself prints a table and a traceback and ends with 1."""
+    settings = short(tiny_dataset, tiny_llm, tmp_path / "run", model__lora_targets="[no_proj]")
+    command = [sys.executable, "-m", "aullm_dist.cli", "train", "--processes", "2", *settings]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("error:") == 1
+    assert result.stderr.rstrip().splitlines()[-1].startswith("train.py: error: ")
+    assert "Traceback" not in result.stderr

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kernel_tools import KERNELS
-from training_runs import launch, overrides, partition_everything, scalars
+from training_runs import fork, overrides, partition_everything, scalars
 
 pytest.importorskip("triton", reason="the kernels need triton")
 pytestmark = pytest.mark.launch
@@ -18,7 +18,7 @@ def test_a_divided_model_trains_through_the_kernels_what_it_trains_without(tiny_
             training__evaluate_every_epochs=99, model__kernels=kernels, model__graph_heads=1, model__dropout=0.0,
             data__inner_fraction=0.0,
         )  # fmt: skip
-        result = launch(*settings, processes=2)
+        result = fork(*settings, processes=2)
         assert result.returncode == 0, result.stderr
         for op in ("evidence_pool", "graph_attention"):
             assert f"{op}: implementation={kernels}" in result.stderr

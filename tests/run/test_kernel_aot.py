@@ -59,3 +59,18 @@ def test_the_lock_names_what_is_compiled():
         for kernel in tables.families()[family]["kernels"]:
             assert any(name.startswith(kernel) for name in kernels), kernel
     assert all(taken["spilled"] == 0 for taken in kernels.values())
+
+
+@pytest.mark.parametrize("target", tables.families()[tables.FAMILY]["targets"])
+def test_each_capability_has_a_lock_within_its_own_limits(target):
+    """As it was compiled; `--target` compiles again."""
+    kernels = json.loads(aot.lock_of(target).read_text())["3.9.0"]
+    assert list(aot.complaints(kernels, None, target)) == []
+    assert kernels.keys() == json.loads(aot.LOCK.read_text())["3.9.0"].keys()
+
+
+def test_a_capability_with_less_shared_memory_complains_sooner():
+    taken = {"k": GOOD | {"shared": 120000, "spilled": 8}}
+    assert list(aot.complaints(taken, None, "8.0")) == []
+    assert "a program may have 101376" in next(aot.complaints(taken, None, "8.9"))
+    assert any("allowed are 0" in line for line in aot.complaints(taken, None, "9.0"))

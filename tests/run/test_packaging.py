@@ -1,12 +1,14 @@
 """What users install: the package list, the declared and pinned dependencies, and a wheel that works on its own."""
 
 import ast
+import email
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,8 @@ IMPORT_NAMES = {
 }
 # Tools that nothing imports: distribution -> the file that uses it, and a text of that use.
 TOOLS = {
+    "mypy": ("Makefile", "$(BIN)/mypy"),
+    **{f"types-{name}": ("pyproject.toml", "[tool.mypy]") for name in ("pyyaml", "openpyxl", "psutil", "tqdm")},
     "build": ("tests/run/test_packaging.py", '"-m", "build"'),
     "pytest-timeout": ("pyproject.toml", "timeout = "),
     "pytest-xdist": ("Makefile", "--numprocesses"),
@@ -121,7 +125,7 @@ def test_every_dependency_is_used():
 def test_every_import_is_declared():
     """What is installed only because something else needs it may vanish with that."""
     package = _third_party_imports("aullm_dist", "kernels/aullm_kernels")
-    undeclared = package.keys() - _import_names(CORE | EXTRAS["cuda"])
+    undeclared = package.keys() - _import_names(CORE | EXTRAS["cuda"] | EXTRAS["gguf"])
     assert not undeclared, {name: package[name] for name in undeclared}
     around = _third_party_imports("tests", "benchmarks", "kernels/benchmarks")
     undeclared = around.keys() - _import_names(CORE | EXTRAS["dev"] | EXTRAS["bench"])
@@ -152,6 +156,22 @@ def test_make_and_the_readme_name_the_commands():
         name for name in ("make demo", "make test", *(f"aullm-dist {name}" for name in ours)) if name not in readme
     ]
     assert not missing
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments"),
+    [
+        (["CUDA=0"], "-c constraints.txt -e .[dev]"),
+        (["CUDA=1"], "-e .[cuda,dev]"),
+        (["CUDA=0", "TORCH_INDEX=file:///index"], "--extra-index-url file:///index -c constraints.txt -e .[dev]"),
+    ],
+)
+def test_make_setup_installs_for_the_machine_that_it_is_told(variables, arguments, tmp_path):
+    """A login node has no GPU, and installs for nodes that have one."""
+    command = ["make", "--dry-run", "setup", f"VENV={tmp_path / 'venv'}", *variables]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"pip install {arguments}  (log:" in told
+    assert re.sub(r" +", " ", told).count(f"pip install {arguments} ") == 2
 
 
 @pytest.fixture(scope="module")
@@ -214,12 +234,29 @@ def test_an_empty_environment_finds_every_shipped_run_file(installed, tmp_path):
     assert Path(found.strip()).is_relative_to(installed.parent)
     root = ROOT / "configs" / "experiments"
     names = sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
-    assert {"demo", "ablation/no_ccr"} < set(names)
+    assert {"demo", "ablation/ccr"} < set(names)
     for name in names:
         resolved = yaml.safe_load(_run([str(installed / "aullm-dist"), "config", name], tmp_path))
         written = yaml.safe_load((ROOT / "configs" / "experiments" / f"{name}.yaml").read_text(encoding="utf-8"))
         for group, values in written.items():
             assert {key: resolved[group][key] for key in values} == values, (name, group)
+
+
+def test_the_wheel_says_what_it_is(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["Name"] == "aullm-dist"
+    for field in ("Summary", "Keywords", "License-Expression", "Requires-Python", "Author", "Project-URL"):
+        assert metadata[field], field
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert set(metadata.get_all("Provides-Extra")) == set(EXTRAS)
+    # Nobody who only uses it gets the tools of its developers.
+    needed = {
+        re.match(r"[\w.-]+", line)[0].lower() for line in metadata.get_all("Requires-Dist") if "extra ==" not in line
+    }
+    assert needed == CORE
+    assert not needed & {"triton", "pytest", "mypy", "ruff"}
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(installed):
@@ -228,6 +265,8 @@ def test_the_wheel_holds_the_packages_and_nothing_else(installed):
     assert top == {"aullm_dist", "aullm_kernels", f"aullm_dist-{aullm_dist.__version__}.dist-info"}
     sources = {path.relative_to(ROOT) for path in (ROOT / "aullm_dist").rglob("*.py")}
     assert sources == {path.relative_to(site_packages) for path in (site_packages / "aullm_dist").rglob("*.py")}
-    templates = {path.relative_to(ROOT) for path in (ROOT / "aullm_dist").rglob("*.jinja")}
-    assert templates
-    assert all((site_packages / path).is_file() for path in templates)
+    others = {path for path in (ROOT / "aullm_dist").rglob("*.*") if path.suffix not in (".py", ".pyc")}
+    data = {path.relative_to(ROOT) for path in others}
+    data |= {Path("aullm_dist", path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.*")}
+    assert {path.suffix for path in data} >= {".css", ".jinja", ".js", ".json", ".safetensors", ".typed", ".yaml"}
+    assert sorted(str(path) for path in data if not (site_packages / path).is_file()) == []

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 import aullm_dist
 from aullm_dist.cli import main
 from aullm_dist.errors import UserError
-from aullm_dist.model.tiny import build_tiny_backbone
-from aullm_dist.release.folder import export
+from aullm_dist.llm.tiny import build_tiny_backbone
+from aullm_dist.release.export import CardOptions, export
 from aullm_dist.release.layout import RELEASE_FILE, read_release_manifest, write_release_manifest
 from aullm_dist.release.probe import Probe, answer_probe, probe_clips, read_probe, write_probe
 from aullm_dist.release.verify import verify
@@ -70,7 +70,9 @@ def copy_of(release: Path, tmp_path: Path) -> Path:
 def test_an_adapter_release_answers_as_its_checkpoint(checkpoint, exported):
     trained, release = aullm_dist.load(checkpoint), aullm_dist.load(exported)
     clips = torch.rand(3, 6, 64, 64)
-    assert torch.equal(release.model.explain(clips).logits, trained.model.explain(clips).logits)
+    assert torch.equal(
+        release.model.explain(release.views(clips)).logits, trained.model.explain(trained.views(clips)).logits
+    )
     assert (release.format, trained.format) == ("adapter", "checkpoint")
     for known in (release, trained):
         assert known.aus == AUS
@@ -89,10 +91,14 @@ def test_a_merged_release_needs_no_base(merged, llm, checkpoint):
     finally:
         hidden.rename(llm)
     clips = torch.rand(3, 6, 64, 64)
-    assert torch.allclose(release.model.explain(clips).logits, expected.model.explain(clips).logits, atol=1e-4)
+    assert torch.allclose(
+        release.model.explain(release.views(clips)).logits,
+        expected.model.explain(expected.views(clips)).logits,
+        atol=1e-4,
+    )
     assert found.difference == 0
-    assert read_release_manifest(merged)["probe"]["difference_to_trained"] < 1e-4
-    assert read_release_manifest(merged)["merge"] == {"note": Receipt.note}
+    assert read_release_manifest(merged).probe["difference_to_trained"] < 1e-4
+    assert read_release_manifest(merged).merge == {"note": Receipt.note}
     assert Receipt.note in (merged / "README.md").read_text()
 
 
@@ -136,10 +142,10 @@ def test_the_scores_of_another_run_may_stand_on_the_card(checkpoint, tiny_datase
     alone = Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
     for scores, text in ((None, "None: the checkpoint lies in no run folder"), (run, "Scores of other models")):
         out = tmp_path / f"release-{scores is None}"
-        export(alone, out, format="adapter", scores=scores, record=False)
+        export(alone, out, format="adapter", card=CardOptions(scores=scores), record=False)
         assert text in (out / "README.md").read_text()
     with pytest.raises(UserError, match="no scores for the card"):
-        export(alone, tmp_path / "release", format="adapter", scores=tiny_dataset, record=False)
+        export(alone, tmp_path / "release", format="adapter", card=CardOptions(scores=tiny_dataset), record=False)
 
 
 def test_verify_notices_another_function(exported, tmp_path, capsys):
@@ -148,7 +154,7 @@ def test_verify_notices_another_function(exported, tmp_path, capsys):
     write_probe(folder, Probe(clips=probe.clips, logits=probe.logits + 0.01))
     facts = read_release_manifest(folder)
     (folder / RELEASE_FILE).unlink()
-    write_release_manifest(folder, {key: facts[key] for key in ("release_format", "probe")})
+    write_release_manifest(folder, facts)
     assert "logits differ from those at export by up to 0.01; allowed: 0.001 in float32" in refused(
         capsys, "release", "verify", folder
     )

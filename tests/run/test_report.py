@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from pages import browser, look_at
 from PIL import Image
-from training_runs import overrides, train_here
+from training_runs import overrides, scalars, train_here
 
 from aullm_dist.cli import main
 
@@ -20,8 +21,20 @@ def run(tiny_dataset, tiny_llm, tmp_path_factory) -> Path:
     """A short run of one fold of three, with its baseline."""
     folder = tmp_path_factory.mktemp("report") / "run"
     settings = overrides(tiny_dataset, tiny_llm, folder, training__max_steps=3, training__baseline=True)
+    settings.append("monitor.trackers=[file_tracker:FileTracker]")
     assert train_here(*settings) == 0
     return folder
+
+
+def test_the_run_was_logged_to_another_tracker_as_to_tensorboard(run):
+    lines = [json.loads(line) for line in (run / "aullm-dist-run-fold-00.jsonl").read_text().splitlines()]
+    assert (lines[0]["what"], lines[1]["what"], lines[-1]["what"]) == ("start", "settings", "finish")
+    assert lines[1]["values"]["training.max_steps"] == 3
+    logged = {
+        (tag, line["step"]): value for line in lines if line["what"] == "log" for tag, value in line["values"].items()
+    }
+    assert [logged["Loss/loss", step] for step in (1, 2, 3)] == pytest.approx(scalars(run, "loss/loss"))
+    assert {tag for tag, _ in logged} >= {"heldout/auc", "step_ms/total", "train/grad_norm"}
 
 
 def report(*arguments: object) -> int:
@@ -36,10 +49,13 @@ def state_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_run_becomes_a_page_that_stands_alone(run, tmp_path, capsys):
+def test_a_run_becomes_a_page_that_stands_alone(run, tmp_path, capsys, caplog):
+    caplog.set_level("INFO", "aullm_dist")
     before, out = state_of(run), tmp_path / "page"
     assert report(run, "--out", out, "--clips", 2) == 0
     assert state_of(run) == before, "a report changes nothing in the run"
+    told = caplog.text
+    assert told.index("Report of run") < told.index("Results") < told.index("Features of") < told.index("Settings")
     page = (out / "index.html").read_text(encoding="utf-8")
     pictures = {path.stem for path in (out / "figures").glob("*.svg")}
     assert {path.stem for path in (out / "figures").glob("*.png")} == pictures
@@ -52,6 +68,11 @@ def test_a_run_becomes_a_page_that_stands_alone(run, tmp_path, capsys):
     assert "frames of the corpus: casme2" in page
     assert "AULLM++, content token (CT) zeroed" in page
     assert "no LLM (led_cnn)" in page
+    # Drawn faces are named above everything else, and in the title of each table of scores.
+    assert page.index("The faces are synthetic") < page.index("<nav")
+    titles = re.findall(r'<p class="title">(.*?)</p>', page)
+    assert [title for title in titles if "in percent" in title or "threshold" in title]
+    assert all("(synthetic faces, random LLM)" in title for title in titles if "threshold" in title)
     for png in (out / "figures").glob("*.png"):
         assert len(set(Image.open(png).convert("L").tobytes())) > 4, png
     said = capsys.readouterr()
@@ -71,6 +92,9 @@ def test_a_browser_shows_the_whole_page_at_any_width(run, tmp_path, width):
     seen = look_at(tmp_path / "page" / "index.html", width, tmp_path / "page.png")
     assert seen["broken"] == ""
     assert int(seen["width"]) <= width, "nobody scrolls sideways"
+    page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    # Names of rows stay where the numbers beside them are scrolled.
+    assert "position: sticky; left: 0" in page
     with Image.open(tmp_path / "page.png") as shot:
         assert shot.size == (width, int(seen["height"]))
         # Each quarter of the page shows something.
@@ -83,12 +107,12 @@ def test_an_unfinished_and_damaged_run_is_shown_as_far_as_it_goes(run, tmp_path,
     part = tmp_path / "part"
     shutil.copytree(run, part)
     shutil.rmtree(part / "tensorboard")
-    shutil.rmtree(part / "baseline" / "fold-00" / "predictions")
+    shutil.rmtree(part / "baselines" / "led_cnn" / "fold-00" / "predictions")
     shutil.rmtree(part / "fold-00" / "checkpoints")
     (part / "environment.json").write_text("{")
     assert report(part, "--out", tmp_path / "page") == 0
     said = capsys.readouterr().err
-    for text in ("no event files", "no fold-*/predictions", "there is no checkpoint of any fold", "not JSON"):
+    for text in ("no event files", "no fold-*/predictions", "there is no checkpoint of any fold", "not valid JSON"):
         assert text in said, text
     page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
     assert "Held-out subjects, threshold fixed at 0.5" in page
@@ -114,7 +138,7 @@ def test_an_empty_folder_says_what_is_missing(run, tmp_path, capsys):
 
 def test_two_runs_stand_beside_each_other(run, tmp_path):
     other = tmp_path / "other"
-    shutil.copytree(run / "baseline", other)
+    shutil.copytree(run / "baselines" / "led_cnn", other)
     assert report(run, other, "--out", tmp_path / "page", "--no-model") == 0
     page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
     assert "other minus run" in page

@@ -26,3 +26,15 @@ def test_the_trainer_refuses_before_it_has_a_run_folder(tiny_dataset, tiny_llm, 
     assert "does not fit" in error[-1]
     assert sum("does not fit" in line for line in error) == 1
     assert not output.exists()
+
+
+@pytest.mark.parametrize("llm", ["/no/such/llm", "empty", "file", "~nobody-of-this-name/llm"])
+def test_an_llm_that_is_not_there_is_refused_before_a_corpus_is_drawn(llm, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.iterdir())
+    assert train_here(f"model.llm={llm}", "training.output=run", "training.check_memory=false") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert llm in line
+    assert sorted(tmp_path.iterdir()) == before

@@ -21,8 +21,9 @@ from training_runs import (
     train_here,
 )  # fmt: skip
 
-from aullm_dist.training import checkpoint, fold, heldout, run, step
-from aullm_dist.training.manifest import verify_checkpoint
+from aullm_dist.checkpoint import store as checkpoint
+from aullm_dist.checkpoint.manifest import verify_checkpoint
+from aullm_dist.training import fold, heldout, run, step
 
 pytestmark = pytest.mark.launch
 

@@ -9,8 +9,8 @@ from training_runs import (
     ROOT,
     Trained,
     checkpoint_tensors,
+    fork,
     interrupted,
-    launch,
     logits,
     newest_checkpoint,
     overrides,
@@ -48,7 +48,7 @@ def train(tiny_dataset, tiny_llm, tmp_path_factory):
                 "model__quantization": "nf4",
             }
             settings = overrides(tiny_dataset, tiny_llm, folder, **common)
-            result = launch(*settings, processes=processes)
+            result = fork(*settings, processes=processes)
             assert result.returncode == 0, result.stderr
             done[strategy] = Trained(folder, settings, result.stderr)
         return done[strategy]
@@ -89,7 +89,7 @@ def test_it_resumes_bit_for_bit(train, tmp_path, strategy):
     resumed = interrupted(whole.folder, tmp_path / "run")
     assert newest_checkpoint(resumed).name == "step-00000002"
     changes = (f"training.output={resumed}", "--resume", "auto")
-    result = launch(*whole.settings, *changes, processes=PROCESSES.get(strategy, 2))
+    result = fork(*whole.settings, *changes, processes=PROCESSES.get(strategy, 2))
     assert result.returncode == 0, result.stderr
     assert newest_checkpoint(resumed).name == newest_checkpoint(whole.folder).name
     expected, found = (checkpoint_tensors(newest_checkpoint(folder)) for folder in (whole.folder, resumed))

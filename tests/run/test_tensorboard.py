@@ -12,7 +12,7 @@ import urllib.request
 import numpy as np
 import pytest
 from PIL import Image
-from training_runs import free_port, launch, overrides, partition_everything, train_here
+from training_runs import fork, free_port, overrides, partition_everything, train_here
 
 pytestmark = pytest.mark.launch
 
@@ -44,7 +44,7 @@ def run(tiny_dataset, tiny_llm, tmp_path_factory):
         training__strategy=partition_everything(folder), monitor__clips=2, monitor__projector_clips=200,
         monitor__communication_every_steps=1,
     )  # fmt: skip
-    result = launch(*settings, processes=2)
+    result = fork(*settings, processes=2)
     assert result.returncode == 0, result.stderr
     return folder / "run", result.stderr
 
@@ -80,12 +80,12 @@ def _is_ready(board):
 def test_scalars_of_every_group(board):
     tags = board.json("plugin/scalars/tags")
     groups = {tag.partition("/")[0] for tag in tags["fold-00"]}
-    assert {"loss", "lr", "train", "step_ms", "memory", "heldout", "heldout_auc", "sensitivity"} <= groups
+    assert {"Loss", "lr", "train", "step_ms", "memory", "heldout", "heldout_auc", "sensitivity"} <= groups
     parts = {"data", "forward", "backward", "optimizer", "total", "communication_wait"}
     assert {tag for tag in tags["fold-00"] if tag.startswith("step_ms/")} == {f"step_ms/{part}" for part in parts}
     assert "train/tflops_per_device" in tags["fold-00"]
     assert "train/mfu" not in tags["fold-00"], "nobody knows the peak of this CPU"
-    for tag in ("loss/loss", "step_ms/communication_wait", "step_ms/optimizer"):
+    for tag in ("Loss/loss", "step_ms/communication_wait", "step_ms/optimizer"):
         rows = board.json("plugin/scalars/scalars", run="fold-00", tag=tag)
         assert [row[1] for row in rows] == [1, 2]
         assert all(row[2] > 0 for row in rows), tag
@@ -104,7 +104,9 @@ def test_pictures_and_curves(board):
         assert len(np.unique(np.array(picture.convert("L")))) > 10
     assert set(board.json("plugin/pr_curves/tags")["fold-00"]) == {f"pr/{au}" for au in AUS}
     (curve,) = board.json("plugin/pr_curves/pr_curves", run="fold-00", tag="pr/AU1")["fold-00"]
-    assert len(curve["precision"]) > 5
+    # How many points differ depends on how far apart the answers are after two steps.
+    assert curve["precision"]
+    assert len(curve["precision"]) == len(curve["recall"])
     assert max(curve["true_positives"]) > 0
 
 

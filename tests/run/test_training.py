@@ -10,11 +10,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_runs import checkpoint_tensors, launch, logits, newest_checkpoint, overrides, scalars, train_here
 
 from aullm_dist.cli import main
-from aullm_dist.data.prepare import prepare
+from aullm_dist.data.preparation.prepare import PrepareOptions, prepare
 from aullm_dist.data.synthetic import SyntheticSpec, write_corpus
 from aullm_dist.evaluation.evaluate import evaluate_run
 from aullm_dist.evaluation.summary import zeroed_scores
-from aullm_dist.training.predictions import find_predictions, zeroed_path
+from aullm_dist.runs.paths import FoldPaths
+from aullm_dist.runs.predictions import find_predictions
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +48,13 @@ def test_tensorboard_has_every_group(finished):
     events.Reload()
     tags = set(events.Tags()["scalars"])
     assert {
-        "loss/loss", "loss/asl", "loss/graph", "loss/structure", "loss/appearance", "loss/neutral",
-        "loss/contradiction", "lr/lora", "lr/new", "lr/led", "train/grad_norm", "train/clips_per_second",
+        "Loss/loss", "Loss/asl", "Loss/graph", "Loss/structure", "Loss/appearance", "Loss/neutral",
+        "Loss/contradiction", "Loss/evidence", "ladder_f1_macro/evidence", "ladder_f1_macro/structure",
+        "ladder_auc/deduction", "lr/lora", "lr/new", "train/grad_norm", "train/clips_per_second",
         "train/tokens_per_second", "memory/host_gib", "memory/host_peak_gib", "heldout/f1_macro",
         "heldout_f1_macro/AU4", "sensitivity/content", "sensitivity/instruction",
     } <= tags  # fmt: skip
-    assert [event.step for event in events.Scalars("loss/loss")] == list(range(1, 9))
+    assert [event.step for event in events.Scalars("Loss/loss")] == list(range(1, 9))
 
 
 @pytest.mark.parametrize("kept", [3, 6])
@@ -155,7 +157,7 @@ def test_loso_trains_every_fold_from_the_same_start(tiny_dataset, tiny_llm, tmp_
     assert (metrics["num_clips"], metrics["num_subjects"], metrics["folds"]["present"]) == (24, 6, 6)
     # Answers without a token are pooled as all others are: copies of the answers themselves must score the same.
     for index, path in find_predictions(together).items():
-        shutil.copy(path, zeroed_path(together, index, "content"))
+        shutil.copy(path, FoldPaths(together, index).zeroed("content"))
     score, change = zeroed_scores(together)["content"]
     assert score == pytest.approx(metrics["mean"]["f1_macro"])
     assert change == 0
@@ -164,7 +166,7 @@ def test_loso_trains_every_fold_from_the_same_start(tiny_dataset, tiny_llm, tmp_
 def test_cross_domain_trains_on_one_corpus_and_tests_on_the_other(tiny_dataset, tiny_llm, tmp_path):
     spec = SyntheticSpec(corpus="samm", subjects=3, clips_per_subject=4, num_frames=(8, 12), frame_size=(64, 64))
     write_corpus(spec, tmp_path / "corpus")
-    prepare("samm", tmp_path / "corpus", tmp_path / "samm", size=64, num_workers=1)
+    prepare("samm", tmp_path / "corpus", tmp_path / "samm", PrepareOptions(size=64, num_workers=1))
     run = tmp_path / "run"
     target = json.dumps([str(tmp_path / "samm")])
     settings = overrides(
@@ -185,7 +187,7 @@ def test_folds_of_a_file_and_of_several_corpora_train_and_evaluate(tiny_dataset,
     """Leave one dataset out, as a protocol and from its own JSON: the same folds, the same answers."""
     spec = SyntheticSpec(corpus="mmew", subjects=3, clips_per_subject=3, num_frames=(8, 12), frame_size=(64, 64))
     write_corpus(spec, tmp_path / "corpus")
-    prepare("mmew", tmp_path / "corpus", tmp_path / "mmew", size=64, num_workers=1)
+    prepare("mmew", tmp_path / "corpus", tmp_path / "mmew", PrepareOptions(size=64, num_workers=1))
     both = json.dumps([str(tiny_dataset), str(tmp_path / "mmew")])
     plan = tmp_path / "folds.json"
     assert main(["folds", "lodo", str(tiny_dataset), str(tmp_path / "mmew"), "--out", str(plan)]) == 0
@@ -211,7 +213,7 @@ def test_folds_of_a_file_and_of_several_corpora_train_and_evaluate(tiny_dataset,
 def test_a_run_on_streamed_clips_resumes_bit_for_bit(tiny_llm, tmp_path):
     spec = SyntheticSpec(corpus="casme", subjects=4, clips_per_subject=3, num_frames=(6, 8), frame_size=(64, 64))
     write_corpus(spec, tmp_path / "corpus")
-    prepare("casme", tmp_path / "corpus", tmp_path / "casme", size=64, num_workers=1, fmt="parquet")
+    prepare("casme", tmp_path / "corpus", tmp_path / "casme", PrepareOptions(size=64, num_workers=1, fmt="parquet"))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     changes = {"data__streaming": True, "data__shuffle_buffer": 4, "training__max_steps": 4}
     steps = {"training__save_every_steps": 2, "training__keep_checkpoints": 5}
@@ -230,8 +232,8 @@ def test_the_baseline_is_trained_on_the_same_folds(tiny_dataset, tiny_llm, tmp_p
     run = tmp_path / "run"
     assert train_here(*overrides(tiny_dataset, tiny_llm, run, training__baseline=True, training__max_steps=1)) == 0
     assert "no-LLM baseline (led_cnn)" in capsys.readouterr().out
-    assert (run / "folds.json").read_bytes() == (run / "baseline" / "folds.json").read_bytes()
-    assert logits(run).keys() == logits(run / "baseline").keys()
+    assert (run / "folds.json").read_bytes() == (run / "baselines" / "led_cnn" / "folds.json").read_bytes()
+    assert logits(run).keys() == logits(run / "baselines" / "led_cnn").keys()
 
 
 def test_protocol_all_trains_on_everything_and_keeps_inner_answers(tiny_dataset, tiny_llm, tmp_path, capsys):
@@ -345,7 +347,12 @@ def test_resume_refuses_frames_that_were_prepared_otherwise(finished, tiny_datas
     run, settings = finished
     resumed = tmp_path / "run"
     shutil.copytree(run, resumed)
-    prepare("casme2", tiny_dataset.parent / "corpus", tmp_path / "other", size=64, crop="center", num_workers=1)
+    prepare(
+        "casme2",
+        tiny_dataset.parent / "corpus",
+        tmp_path / "other",
+        PrepareOptions(size=64, crop="center", num_workers=1),
+    )
     config = (resumed / "config.yaml").read_text().replace(str(tiny_dataset), str(tmp_path / "other"))
     (resumed / "config.yaml").write_text(config)
     other = [f"training.output={resumed}", f'data.train=["{tmp_path}/other"]']

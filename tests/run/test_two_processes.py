@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from training_runs import checkpoint_tensors, interrupted, launch, logits, newest_checkpoint, overrides, scalars
+from training_runs import checkpoint_tensors, fork, interrupted, launch, logits, newest_checkpoint, overrides, scalars
 
 pytestmark = pytest.mark.launch
 
@@ -27,7 +27,7 @@ def test_two_processes_equal_one(two, tiny_dataset, tiny_llm, tmp_path):
     run, settings, _ = two
     alone = tmp_path / "run"
     changes = [f"training.output={alone}", "training.processes=1", "training.micro_batch=8"]
-    result = launch(*settings, *changes)
+    result = fork(*settings, *changes)
     assert result.returncode == 0, result.stderr
     # Weights are not compared one by one: Adam turns rounding of a gradient near 0 into a whole step.
     for tag in ("loss/loss", "loss/asl", "loss/graph", "loss/neutral", "train/grad_norm"):
@@ -48,7 +48,7 @@ def test_only_one_process_speaks_and_the_table_has_every_clip(two):
 def test_resume_of_two_processes_is_bit_identical(two, tmp_path):
     run, settings, _ = two
     resumed = interrupted(run, tmp_path / "run")
-    result = launch(*settings, f"training.output={resumed}", "--resume", "auto", processes=2)
+    result = fork(*settings, f"training.output={resumed}", "--resume", "auto", processes=2)
     assert result.returncode == 0, result.stderr
     expected, found = (checkpoint_tensors(newest_checkpoint(folder)) for folder in (run, resumed))
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
@@ -67,7 +67,7 @@ def test_a_launcher_that_loses_a_process_is_refused(tiny_dataset, tiny_llm, tmp_
 
 def test_an_error_on_one_process_ends_both_with_one_line(tiny_dataset, tiny_llm, tmp_path):
     settings = overrides(tiny_dataset, tiny_llm, tmp_path / "run", training__micro_batch=2, data__train='["/no/such"]')
-    result = launch(*settings, processes=2)
+    result = fork(*settings, processes=2)
     assert result.returncode != 0
     assert result.stderr.count("train.py: error:") == 1
 
@@ -77,7 +77,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_both_with_one_line(tiny_datase
     (run / "fold-00").mkdir(parents=True)
     (run / "fold-00" / "checkpoints").write_text("in the way")
     settings = overrides(tiny_dataset, tiny_llm, run, training__micro_batch=2, training__max_steps=1)
-    result = launch(*settings, "--resume", "auto", processes=2)
+    result = fork(*settings, "--resume", "auto", processes=2)
     assert result.returncode != 0
     assert result.stderr.count("train.py: error: checkpoint") == 1
     assert "could not be written" in result.stderr

@@ -136,7 +136,8 @@ def test_preempted_then_killed_ends_as_the_uninterrupted_run(cluster, uninterrup
     # Of the second life: torchrun ends with 1 after a signal too, on both nodes and in any order.
     life = text[text.index("resumed from") :]
     assert re.findall(r"srun: error: (n\d): task", life)[0] == "n2", text
-    assert "failed with exit code 1 after completing steps (1 of 3 allowed failures)" in text
+    # srun may have ended the other node before its launcher had its own say: the code is then that of a signal.
+    assert re.search(r"failed with exit code \d+ after completing steps \(1 of 3 allowed failures\)", text), text
     # Third life: to the end.
     cluster.start_soon(job, 70)
     wait_for(lambda: ended(cluster, job), LONG, "the end")
@@ -184,6 +185,35 @@ def test_scancel_saves_and_is_not_started_again(cluster, settings, tmp_path):
     marker = json.loads((run / "fold-00" / "PREEMPTED").read_text())
     assert marker["step"] == saved(run)[-1] < STEPS
     assert "starting again" not in text
+
+
+def test_folds_side_by_side_on_two_nodes(cluster, settings, tmp_path):
+    """One job: the LLM is divided over both nodes, and each node trains a fold of its own on it."""
+    output, run = tmp_path / "job.out", tmp_path / "run"
+    short = settings(run, data__fold=None, data__folds=2, training__folds_at_once=2, training__max_steps=2)
+    job = cluster.submit("--nodes=2", f"--output={output}", SCRIPT, "demo", *short)
+    wait_for(lambda: ended(cluster, job), LONG, "the end")
+    text = output.read_text()
+    assert cluster.state(job) == "COMPLETED", text
+    assert "ZeRO-3 for the frozen LLM, divided among 2 processes" in text
+    assert (saved(run, 0), saved(run, 1)) == ([1, 2], [1, 2])
+    assert json.loads((run / "metrics.json").read_text())["num_clips"] == 24
+    assert "not started again: it is done" in text
+
+
+def test_a_sweep_is_one_job(cluster, settings, tmp_path):
+    """Two seeds, each on a node; the job's record lies beside the runs."""
+    output, out = tmp_path / "job.out", tmp_path / "sweep"
+    short = settings(out, training__max_steps=1, model__quantization="none")
+    common = [word for word in short if not word.startswith("training.output")]
+    arguments = ["sweep", "demo", "--out", str(out), "--seeds", "1", "2", *common]
+    job = cluster.submit("--nodes=2", f"--output={output}", SCRIPT, *arguments)
+    wait_for(lambda: ended(cluster, job), LONG, "the end")
+    text = output.read_text()
+    assert cluster.state(job) == "COMPLETED", text
+    assert "not started again: it is done" in text
+    assert [saved(out / name) for name in ("demo-1", "demo-2")] == [[1], [1]]
+    assert json.loads((out / "job.json").read_text())["job_id"] == job
 
 
 def test_the_doctor_finds_nothing_between_the_nodes(cluster, tmp_path):

@@ -5,8 +5,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from aullm_dist.training.base_identity import base_identity
-from aullm_dist.training.checkpoint import read_checkpoint, save_checkpoint
+from aullm_dist.checkpoint.base_identity import base_identity
+from aullm_dist.checkpoint.store import RunFacts, read_checkpoint, save_checkpoint
 
 WIDTH = 16
 AUS = [1, 4, 12]
@@ -107,13 +107,10 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: 
 
 
 def save(root, step: int, model: nn.Module, optimizer, **changes):
-    arguments = {
-        "state": {"consumed_samples": 2 * step, "epoch": 0, "best": {"f1_macro": 0.5}},
-        "config": CONFIG,
-        "model_config": MODEL_CONFIG,
-        "base": BASE,
-    }
-    return save_checkpoint(root, step, model=model, optimizer=optimizer, **{**arguments, **changes})
+    facts = {key: changes.pop(key) for key in ("config", "model_config", "base") if key in changes}
+    run = RunFacts(**{"config": CONFIG, "model_config": MODEL_CONFIG, "base": BASE, **facts})
+    state = changes.pop("state", {"consumed_samples": 2 * step, "epoch": 0, "best": {"f1_macro": 0.5}})
+    return save_checkpoint(root, step, model=model, optimizer=optimizer, state=state, run=run, **changes)
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, bytes]:

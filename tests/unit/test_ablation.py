@@ -1,6 +1,7 @@
 """The arms of the ablation as run files, and their table: what is paired with what, and what is left out."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from aullm_dist.evaluation.compare import compare_runs
 from aullm_dist.report.ablation import ablation, problem_of
 from aullm_dist.report.ablation_table import ablation_blocks
 from aullm_dist.report.arms import FULL, NAMES, arm_of, name_of, other_differences
-from aullm_dist.training.predictions import Prediction, prediction_path, write_predictions
+from aullm_dist.runs.paths import FoldPaths
+from aullm_dist.runs.predictions import StoredPrediction, read_predictions, write_predictions
 
 AUS = (1, 4, 12)
 SHIPPED = [name.removeprefix("ablation/") for name in shipped_names("ablation")]
@@ -41,27 +43,28 @@ def make_run(folder, arm="full", *, seed=0, target="samm", strength=2.0, overrid
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     noise = np.random.default_rng(seed)
     rows = [
-        Prediction(
+        StoredPrediction(
             name, name.rpartition("/")[0], target, 0, "test", tuple(truth[name].astype(int).tolist()),
             tuple((strength * (truth[name] - 0.5) + noise.normal(size=len(AUS))).tolist()),
         )
         for name in folds[0].test
     ]  # fmt: skip
     last = -(-len(folds[0].train) // 8)
-    write_predictions(prediction_path(folder, 0, 1), rows, aus=AUS, epoch=1, step=last if step is None else step)
+    write_predictions(FoldPaths(folder, 0).predictions(1), rows, aus=AUS, epoch=1, step=last if step is None else step)
     return folder
 
 
 def test_each_shipped_arm_is_an_arm_of_its_own_and_has_a_name():
     arms = {name: arm_of(shipped(name)) for name in SHIPPED}
-    assert len(SHIPPED) == 9
+    assert len(SHIPPED) == 16
     assert set(arms.values()) == set(NAMES)
     assert arms["full"] == FULL == arm_of(load())
-    assert [name for name, arm in arms.items() if not arm.llm] == ["led_cnn"]
-    assert {name for name, arm in arms.items() if arm.crossed} == {"full", "no_evidence_attention", "no_mid_level"}
+    assert arms["ccr"] == arm_of(load(None, ["counterfactual.enabled=true"]))
+    assert {name for name, arm in arms.items() if not arm.llm} == {"evidence", "led_cnn", "led_sssnet", "sssnet_of"}
+    assert {name for name, arm in arms.items() if arm.crossed} == {"ccr"}
     alone = {name: arm.interventions for name, arm in arms.items() if name.endswith("_only")}
     assert alone == {f"{kind}_only": (kind,) for kind in ("structure", "appearance", "neutral")}
-    assert arms["no_ccr"].branches == 0
+    assert {name for name, arm in arms.items() if arm.branches} == {"ccr", *alone}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -76,39 +79,41 @@ def test_a_shipped_arm_differs_from_the_full_model_in_nothing_else(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "setting", "seen"),
+    ("base", "name", "setting", "seen"),
     [
-        ("appearance_only", "counterfactual.appearance_weight=0.1", True),
-        ("appearance_only", "counterfactual.neutral_weight=0.1", False),
-        ("no_it", "counterfactual.contradiction_margin=0.3", False),
-        ("no_mid_level", "counterfactual.contradiction_margin=0.3", True),
-        ("no_it", "model.llm=other", True),
-        ("no_it", "model.lora_rank=4", True),
-        ("led_cnn", "model.lora_rank=4", False),
+        ("ccr", "appearance_only", "counterfactual.appearance_weight=0.1", True),
+        ("ccr", "appearance_only", "counterfactual.neutral_weight=0.1", False),
+        ("full", "appearance_only", "counterfactual.appearance_weight=0.1", False),
+        ("ccr", "no_it", "counterfactual.contradiction_margin=0.3", False),
+        ("full", "no_it", "model.llm=other", True),
+        ("full", "no_it", "model.lora_rank=4", True),
+        ("full", "led_cnn", "model.lora_rank=4", False),
     ],
 )
-def test_settings_count_where_both_runs_use_them(name, setting, seen):
-    assert other_differences(shipped("full"), shipped(name, setting)) == ([setting.partition("=")[0]] if seen else [])
+def test_settings_count_where_both_runs_use_them(base, name, setting, seen):
+    assert other_differences(shipped(base), shipped(name, setting)) == ([setting.partition("=")[0]] if seen else [])
 
 
 def test_an_arm_that_is_not_shipped_is_described():
-    arm = arm_of(load(None, ["counterfactual.contradiction_weight=0", "model.evidence=mid_only"]))
+    arm = arm_of(
+        load(None, ["counterfactual.enabled=true", "counterfactual.contradiction_weight=0", "model.evidence=mid_only"])
+    )
     assert arm not in NAMES
     assert name_of(arm) == "evidence mid_only, CCR 2 of structure+appearance+neutral"
 
 
 def test_one_pair_is_what_compare_says_of_it(tmp_path):
     full = make_run(tmp_path / "x", strength=3.0)
-    arm = make_run(tmp_path / "y", "no_ccr", strength=1.0)
+    arm = make_run(tmp_path / "y", "no_it", strength=1.0)
     found = ablation([arm, full], bootstrap=200)["families"]["cross-domain"]["arms"]
     expected = compare_runs(full, arm, bootstrap=200)["mean"]
-    assert list(found) == ["full model", "no CCR"]
+    assert list(found) == ["full model", "no instruction token"]
     for score in ("f1_macro", "auc"):
         assert found["full model"][score]["score"] == pytest.approx(expected[score]["first"])
-        assert found["no CCR"][score]["score"] == pytest.approx(expected[score]["second"])
-        assert found["no CCR"][score]["difference"] == pytest.approx(expected[score]["difference"])
-        assert found["no CCR"][score]["ci"] == pytest.approx(expected[score]["ci"])
-    assert found["no CCR"]["auc"]["difference"] < -0.05
+        assert found["no instruction token"][score]["score"] == pytest.approx(expected[score]["second"])
+        assert found["no instruction token"][score]["difference"] == pytest.approx(expected[score]["difference"])
+        assert found["no instruction token"][score]["ci"] == pytest.approx(expected[score]["ci"])
+    assert found["no instruction token"]["auc"]["difference"] < -0.05
 
 
 def test_differences_are_averaged_over_seeds_and_pairs(tmp_path):
@@ -136,6 +141,27 @@ def test_differences_are_averaged_over_seeds_and_pairs(tmp_path):
     assert second.header == ("arm", "seed 0", "seed 1", "casme2->4dme", "casme2->samm")
 
 
+def test_the_ladder_of_arms_with_stages_stands_below_their_tables(tmp_path):
+    full, arm, alone = (make_run(tmp_path / name, name, strength=3.0) for name in ("full", "no_it", "led_cnn"))
+    for run, stages in ((full, ("evidence", "structure")), (arm, ("evidence",))):
+        final = read_predictions(FoldPaths(run, 0).predictions(1))
+        for number, stage in enumerate(stages):
+            rows = [replace(row, logits=tuple(0.1 * (number + 1) * x - 0.2 for x in row.logits)) for row in final.rows]
+            write_predictions(FoldPaths(run, 0).stage(stage), rows, aus=AUS, epoch=1, step=final.step)
+    result = ablation([full, arm, alone], bootstrap=0)["families"]["cross-domain"]
+    found = result["ladder"]
+    assert {name: list(stages) for name, stages in found.items()} == {
+        "full model": ["evidence", "structure", "deduction"],
+        "no instruction token": ["evidence", "deduction"],
+    }
+    assert found["full model"]["deduction"]["f1_macro"] == result["arms"]["full model"]["f1_macro"]["score"]
+    assert found["full model"]["evidence"]["auc"] == pytest.approx(found["full model"]["deduction"]["auc"])
+    assert found["full model"]["evidence"]["f1_macro"] < found["full model"]["deduction"]["f1_macro"]
+    table = ablation_blocks(ablation([full, arm, alone], bootstrap=0))[-1]
+    assert table.header == ("arm", *2 * ("evidence", "+ structure", "+ deduction"))
+    assert [row[2] == "-" for row in table.rows] == [False, True]
+
+
 def test_corpora_do_not_share_their_resamples(tmp_path):
     """Two test corpora of equally many subjects are independent: their mean varies less than either alone."""
     one = [make_run(tmp_path / "1", seed=0), make_run(tmp_path / "2", "no_it", seed=0, strength=0.0)]
@@ -154,7 +180,7 @@ def test_what_cannot_be_paired_is_named_and_left_out(tmp_path):
     bad = {
         "no config.yaml": tmp_path / "empty",
         "no full model on casme2->samm with seed 5": make_run(tmp_path / "seed5", "no_it", seed=5),
-        "in data.cut_fraction as well": make_run(tmp_path / "other", "no_ccr", overrides=["data.cut_fraction=0.1"]),
+        "in data.cut_fraction as well": make_run(tmp_path / "other", "deduction", overrides=["data.cut_fraction=0.1"]),
         "same arm, test side and seed": make_run(tmp_path / "twice", "no_it"),
         "unfinished": make_run(tmp_path / "begun", "led_cnn", step=1),
     }

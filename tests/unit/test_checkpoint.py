@@ -22,9 +22,10 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from aullm_dist.checkpoint import store as checkpoint_module
+from aullm_dist.checkpoint.entries import ParameterEntry
+from aullm_dist.checkpoint.manifest import read_manifest
 from aullm_dist.errors import CheckpointError
-from aullm_dist.training import checkpoint as checkpoint_module
-from aullm_dist.training.manifest import read_manifest
 
 
 @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}, {"amsgrad": True}])
@@ -66,8 +67,10 @@ def test_never_stepped_parameter_stays_without_state(two_checkpoints):
     optimizer.state[model.unused] = {"step": torch.tensor(9.0)}
     load_checkpoint(two_checkpoints / "step-00000002", model, optimizer)
     assert model.unused not in optimizer.state
-    entry = read_manifest(two_checkpoints / "step-00000002")["parameters"]["unused"]
-    assert entry == {"file": "aullm_modules.safetensors", "key": "unused", "trainable": True, "optimizer": ["master"]}
+    entry = read_manifest(two_checkpoints / "step-00000002").parameters["unused"]
+    assert entry == ParameterEntry(
+        file="aullm_modules.safetensors", key="unused", trainable=True, optimizer=("master",)
+    )
 
 
 def test_weights_load_without_an_optimizer(two_checkpoints):
@@ -84,9 +87,9 @@ def test_bfloat16_parameters_keep_their_dtype_and_have_fp32_masters(tmp_path):
     model.forward = lambda clips: model.reasoner.au_head(clips.flatten(1)[:, :16].bfloat16())
     train(model, optimizer, 0, 2)
     folder = save(tmp_path, 2, model, optimizer)
-    tensors = read_manifest(folder)["tensors"]
-    assert tensors["aullm_modules.safetensors"]["reasoner.au_head.weight"]["dtype"] == "BF16"
-    assert tensors["optimizer.safetensors"]["reasoner.au_head.weight.master"]["dtype"] == "F32"
+    tensors = read_manifest(folder).tensors
+    assert tensors["aullm_modules.safetensors"]["reasoner.au_head.weight"].dtype == "BF16"
+    assert tensors["optimizer.safetensors"]["reasoner.au_head.weight.master"].dtype == "F32"
     again, again_optimizer = build(seed=1)
     again.reasoner.au_head.to(torch.bfloat16)
     load_checkpoint(folder, again, again_optimizer)
@@ -136,19 +139,19 @@ def test_folder_holds_the_trainables_and_nothing_of_the_frozen_llm(two_checkpoin
     folder = two_checkpoints / "step-00000002"
     assert {path.name for path in folder.iterdir()} == FILES
     manifest = read_manifest(folder)
-    keys = {key for table in manifest["tensors"].values() for key in table}
+    keys = {key for table in manifest.tensors.values() for key in table}
     assert not [key for key in keys if "base_layer" in key or "embed_tokens" in key or "scratch" in key]
-    assert {"frozen_gain", "edges", "mask"} <= manifest["tensors"]["aullm_modules.safetensors"].keys()
+    assert {"frozen_gain", "edges", "mask"} <= manifest.tensors["aullm_modules.safetensors"].keys()
     model, _ = build()
     trainable = {name for name, param in model.named_parameters() if param.requires_grad}
-    assert {name for name, entry in manifest["parameters"].items() if entry["trainable"]} == trainable
+    assert {name for name, entry in manifest.parameters.items() if entry.trainable} == trainable
     for name in trainable:
-        entry = manifest["parameters"][name]
-        with safe_open(folder / entry["file"], "pt") as file:
-            assert file.get_slice(entry["key"]).get_shape() == list(model.get_parameter(name).shape)
-    assert (manifest["step"], manifest["base"], manifest["quantized_modules"]) == (2, BASE, [])
-    assert manifest["config"]["training"] == {"seed": 0}
-    assert {"torch", "peft", "python"} <= manifest["versions"].keys()
+        entry = manifest.parameters[name]
+        with safe_open(folder / entry.file, "pt") as file:
+            assert file.get_slice(entry.key).get_shape() == list(model.get_parameter(name).shape)
+    assert (manifest.step, manifest.base, manifest.quantized_modules) == (2, BASE, ())
+    assert manifest.config["training"] == {"seed": 0}
+    assert {"torch", "peft", "python"} <= manifest.versions.keys()
 
 
 def test_nothing_in_the_folder_is_pickled(two_checkpoints):

@@ -16,10 +16,10 @@ from checkpoint_samples import (
     train,
 )
 
+from aullm_dist.checkpoint import store as checkpoint_module
+from aullm_dist.checkpoint.manifest import verify_checkpoint
+from aullm_dist.checkpoint.retention import find_newest_valid, list_checkpoints, rotate
 from aullm_dist.errors import CheckpointError, UserError
-from aullm_dist.training import checkpoint as checkpoint_module
-from aullm_dist.training.manifest import verify_checkpoint
-from aullm_dist.training.retention import find_newest_valid, list_checkpoints, rotate
 
 
 def test_processes_that_do_not_write_touch_no_disk(tmp_path):

@@ -21,10 +21,10 @@ from checkpoint_samples import (
 )
 from torch import nn
 
+from aullm_dist.checkpoint import store as checkpoint_module
+from aullm_dist.checkpoint.base_identity import base_identity
+from aullm_dist.checkpoint.retention import find_newest_valid, list_checkpoints
 from aullm_dist.errors import CheckpointError, UserError
-from aullm_dist.training import checkpoint as checkpoint_module
-from aullm_dist.training.base_identity import base_identity
-from aullm_dist.training.retention import find_newest_valid, list_checkpoints
 
 
 def _truncate(path):
@@ -76,6 +76,12 @@ def _expect_refusal(folder, pattern, *, model_config=MODEL_CONFIG, base=BASE, ch
     assert snapshot(model, optimizer) == before
 
 
+def test_a_checkpoint_older_than_a_setting_had_its_default(two_checkpoints):
+    model, optimizer = build(seed=1)
+    newer = {**MODEL_CONFIG, "evidence": "full"}
+    assert load_checkpoint(two_checkpoints / "step-00000002", model, optimizer, model_config=newer, base=BASE)
+
+
 def test_checkpoint_of_another_model_is_refused(two_checkpoints):
     folder = two_checkpoints / "step-00000002"
     _expect_refusal(
@@ -88,6 +94,14 @@ def test_checkpoint_of_another_model_is_refused(two_checkpoints):
     )
     _expect_refusal(
         folder, "readout is 'last' in the checkpoint, 'per_au'", model_config={"aus": AUS, "readout": "per_au"}
+    )
+    _expect_refusal(
+        folder, "visual is 'led' in the checkpoint, 'flow' expected", model_config={**MODEL_CONFIG, "visual": "flow"}
+    )
+    _expect_refusal(
+        folder,
+        "evidence is 'full' in the checkpoint, 'mid_only'",
+        model_config={**MODEL_CONFIG, "evidence": "mid_only"},
     )
     _expect_refusal(
         folder,

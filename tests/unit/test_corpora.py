@@ -23,7 +23,7 @@ from corpus_fixtures import (
 )
 
 from aullm_dist.data.corpora import CORPORA, read_corpus
-from aullm_dist.data.corpora.layout import list_frames
+from aullm_dist.data.listing import list_frames
 from aullm_dist.errors import UserError
 
 
@@ -213,10 +213,10 @@ def test_the_raw_folder_is_preferred_to_the_cropped_one(tmp_path):
 
 
 def test_frames_are_numbered_by_the_last_digits(tmp_path):
-    for name in ("reg_img10.jpg", "reg_img9.JPG", "S01_0100.png", "Thumbs.db", "._reg_img9.jpg", "notes.txt"):
+    for name in ("reg_img10.jpg", "reg_img9.JPG", "reg_img0100.jpeg", "Thumbs.db", "._reg_img9.jpg", "notes.txt"):
         (tmp_path / name).touch()
     assert list(list_frames(tmp_path)) == [9, 10, 100]
-    (tmp_path / "img010.jpg").touch()
+    (tmp_path / "reg_img010.jpg").touch()
     with pytest.raises(UserError, match="both frame 10"):
         list_frames(tmp_path)
 

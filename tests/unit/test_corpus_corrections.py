@@ -224,8 +224,9 @@ def test_frozen_corrections_follow_their_clips_to_another_sheet(tmp_path):
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        ("{", "cannot be read as corrections"),
-        ("[]", "key corrections is missing"),
+        ("{", "not valid JSON"),
+        ("[]", "holds list"),
+        ("{}", "key corrections is missing"),
         ('{"corpus": "samm", "corrections": []}', "corrections of corpus 'samm'"),
         ('{"corpus": "casme2", "corrections": [{"clip": "a", "column": "fps"}]}', "corrections[0]"),
         (

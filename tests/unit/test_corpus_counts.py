@@ -10,10 +10,9 @@ from aullm_dist.cli import main
 from aullm_dist.data.annotations import parse_aus
 from aullm_dist.data.corpora import CORPORA, get_corpus, read_corpus
 from aullm_dist.data.corpora.explain import explain, harness_aus
-from aullm_dist.data.prepare import prepare
-from aullm_dist.data.prepare_report import render_report
+from aullm_dist.data.preparation.prepare import PrepareOptions, prepare
+from aullm_dist.data.preparation.report import render_report
 from aullm_dist.data.synthetic import SyntheticSpec, plan_clips
-from aullm_dist.data.synthetic.releases import RELEASES
 
 # Column of the AU text, and how a row is called, in the releases as they are.
 TEXT = {"casme": "AU", "casme2": "Action Units", "samm": "Action Units", "4dme": "AUs", "mmew": "Action Units",
@@ -23,7 +22,7 @@ TEXT = {"casme": "AU", "casme2": "Action Units", "samm": "Action Units", "4dme":
 def sheet_of(corpus, folder, **size):
     """The sheet of a synthetic corpus of about the field's size, without its pictures."""
     spec = SyntheticSpec(corpus=corpus, **{"subjects": 26, "clips_per_subject": 10, **size})
-    layout = RELEASES[corpus](spec, plan_clips(spec))
+    layout = spec.facts.layout(plan_clips(spec), spec.context_frames)
     rows = [*layout.rows_above, layout.header, *(clip.row for clip in layout.clips)]
     (folder / layout.clips[0].folder.split("/")[0]).mkdir(parents=True)
     return write_book(folder / layout.workbook, rows)
@@ -102,7 +101,7 @@ def test_hand_written_releases_agree_with_the_published_rules(corpus, tmp_path):
     index = read_corpus(corpus, MAKERS[corpus](tmp_path))
     for reading in index.readings:
         if reading.ours is not None and " or " not in str(reading.cell):
-            assert reading.ours == published_rule(corpus, reading.cell) == harness_aus(reading.cell, corpus)
+            assert reading.ours == published_rule(corpus, reading.cell) == harness_aus(reading.cell, get_corpus(corpus))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +110,7 @@ def test_hand_written_releases_agree_with_the_published_rules(corpus, tmp_path):
 )
 def test_where_this_project_differs_from_the_rule_on_purpose(cell, harness, ours):
     """An alternative and a comma make one number of two there; a static AU is a positive outside of 4DME."""
-    assert harness_aus(cell, "samm") == harness
+    assert harness_aus(cell, get_corpus("samm")) == harness
     assert parse_aus(cell).active == ours
 
 
@@ -126,7 +125,7 @@ def test_the_corrected_cells_of_samm_become_what_the_harness_has(tmp_path):
     index = read_corpus("samm", root)
     labels = {row: set(index.records[row].aus) for row in raw}
     assert labels == {15: {12, 15}, 18: {12, 15}, 41: {14}, 64: {14}, 154: {14}}
-    assert all(reading.ours == harness_aus(reading.cell, "samm") for reading in index.readings)
+    assert all(reading.ours == harness_aus(reading.cell, get_corpus("samm")) for reading in index.readings)
 
 
 def test_every_clip_behind_a_difference_is_named(tmp_path, capsys):
@@ -153,7 +152,7 @@ def test_every_clip_behind_a_difference_is_named(tmp_path, capsys):
 
 
 def test_the_report_says_that_counts_differ(tmp_path):
-    report = prepare("samm", make_samm(tmp_path / "release"), tmp_path / "out", size=8, num_workers=1)
+    report = prepare("samm", make_samm(tmp_path / "release"), tmp_path / "out", PrepareOptions(size=8, num_workers=1))
     assert report["differences"]["AU4"]["here"] == 1
     assert report["differences"]["AU4"]["in_the_sheet_itself"] == 1 - 23
     text = render_report({**report, "num_clips": 158})

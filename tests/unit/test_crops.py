@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aullm_dist.data import crops, shards
 from aullm_dist.data.clips import ClipStore
-from aullm_dist.data.crops import Crop, NoRegion, Region, crop_for, crop_names, get_crop
+from aullm_dist.data.crops import Crop, NoRegion, Region, crop_for, crop_names, get_crop, registry
 from aullm_dist.data.frames import Cutter, load_clip
-from aullm_dist.data.prepare import prepare
+from aullm_dist.data.preparation import shards
+from aullm_dist.data.preparation.prepare import PrepareOptions, prepare
 from aullm_dist.data.synthetic import SyntheticSpec, write_corpus
 from aullm_dist.errors import UserError
 
@@ -130,12 +130,16 @@ def test_no_face_is_told_and_not_guessed():
 @pytest.mark.parametrize(
     ("text", "rows", "message"),
     [
-        ("mtcnn", None, "--crop mtcnn: allowed: none, center, cascade, boxes, landmarks"),
+        ("dlib", None, "--crop dlib: allowed: none, center, cascade, mtcnn, boxes, landmarks"),
         ("center:0.5", None, "center takes no argument"),
         ("boxes", None, "--crop boxes: the file is missing; write boxes:FILE.csv"),
         ("boxes:nowhere.csv", None, "nowhere.csv: cannot be read (No such file or directory)"),
         ("boxes:{file}", ["clip,left,top,right", "*,0,0,1"], "column bottom is missing; allowed: a CSV with"),
-        ("boxes:{file}", ["clip,left,top,right,bottom", "a,0,0,1,1", "a,0,0,1,1"], "line 3: clip 'a'; allowed: a name"),
+        (
+            "boxes:{file}",
+            ["clip,left,top,right,bottom", "a,0,0,1,1", "a,0,0,1,1"],
+            "line 3, clip 'a' has a row already, line 2",
+        ),
         ("boxes:{file}", ["clip,left,top,right,bottom", "a,0,0,x,1"], "line 2, column right: 'x'; allowed: a number"),
         ("boxes:{file}", ["clip,left,top,right,bottom", "a,0,0,nan,1"], "line 2, column right: 'nan'"),
         ("boxes:{file}", ["clip,left,top,right,bottom", "b,0,0,1,1"], "no row for this clip in {file}"),
@@ -169,12 +173,14 @@ class _Point:
 
 def test_other_packages_add_crops(monkeypatch):
     crop = _Counting()
-    monkeypatch.setattr(crops, "entry_points", lambda group: [_Point(crop)] if group == crops.ENTRY_POINTS else [])
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: [_Point(crop)] if group == registry.ENTRY_POINTS else []
+    )
     assert crop_names()[-1] == "elsewhere"
     assert get_crop("elsewhere") is crop
     with pytest.raises(UserError, match=r"elsewhere:make returned no aullm_dist.data.crops.Crop"):
         get_crop("elsewhere:argument")
-    monkeypatch.setattr(crops, "entry_points", lambda group: [_Point(ImportError)])
+    monkeypatch.setattr(registry, "entry_points", lambda group: [_Point(ImportError)])
     with pytest.raises(UserError, match=r"elsewhere:make cannot be loaded \(no module\)"):
         get_crop("elsewhere")
 
@@ -191,29 +197,30 @@ def test_a_preparation_records_its_crop_and_leaves_out_clips_without_one(corpus,
     header = "clip,left,top,right,bottom"
     file = table(tmp_path / "boxes.csv", header, f"{ids[0]},0,0,32,32")
     with pytest.raises(UserError, match=rf"{ids[1]}: no row for this clip in .*; choose another --crop, or use --bad"):
-        prepare("casme2", corpus, tmp_path / "out", size=16, crop=f"boxes:{file}", num_workers=1)
+        prepare("casme2", corpus, tmp_path / "out", PrepareOptions(size=16, crop=f"boxes:{file}", num_workers=1))
     assert not (tmp_path / "out").exists()
     options = {"size": 16, "crop": f"boxes:{file}", "num_workers": 1, "bad_clips": "skip"}
-    report = prepare("casme2", corpus, tmp_path / "out", **options)
+    report = prepare("casme2", corpus, tmp_path / "out", PrepareOptions(**options))
     assert (report["crop"], report["crop_argument"], report["num_clips"]) == ("boxes", str(file), 1)
     assert [skip["where"] for skip in report["skips"]] == [ids[1]]
-    assert prepare("casme2", corpus, tmp_path / "out", **options)["already_prepared"]
+    assert prepare("casme2", corpus, tmp_path / "out", PrepareOptions(**options))["already_prepared"]
     # Other boxes are another preparation, though the file has the same name.
     table(file, header, f"{ids[0]},0,0,32,30")
     with pytest.raises(UserError, match="prepared from other input or with other options"):
-        prepare("casme2", corpus, tmp_path / "out", **options)
+        prepare("casme2", corpus, tmp_path / "out", PrepareOptions(**options))
 
 
 def test_datasets_of_another_crop_are_refused(corpus, tmp_path):
     for crop in ("none", "center"):
-        prepare("casme2", corpus, tmp_path / crop, size=16, crop=crop, num_workers=1)
+        prepare("casme2", corpus, tmp_path / crop, PrepareOptions(size=16, crop=crop, num_workers=1))
     assert ClipStore([tmp_path / "center"], 16).crops == ("center",)
     assert ClipStore([tmp_path / "center"], 16, ["center"]).crops == ("center",)
     with pytest.raises(
         UserError, match=r"none: was prepared with crop none, but center is wanted, .*with --crop center"
     ):
         ClipStore([tmp_path / "none"], 16, ["center"])
-    (tmp_path / "none" / "report.json").unlink()
+    for name in ("report.json", "MANIFEST.json"):  # as of an early version
+        (tmp_path / "none" / name).unlink()
     assert ClipStore([tmp_path / "none"], 16).crops == ("unrecorded",)
 
 

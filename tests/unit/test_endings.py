@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from aullm_dist import endings, train_cli
+from aullm_dist.commands import train as train_cli
 from aullm_dist.errors import UserError
+from aullm_dist.runtime import exits as endings
 
 MISTAKE = "model.llm: no such folder"
 
@@ -55,3 +56,16 @@ def test_a_process_that_the_launcher_has_ended_leaves_the_last_word_to_the_first
     assert process(rank, signalled) == 2
     errors = [line for line in capsys.readouterr().err.splitlines(keepends=True) if "error:" in line]
     assert "".join(errors) == spoken
+
+
+def test_the_launcher_is_left_our_line_for_its_own_last_words(tmp_path, monkeypatch, capsys):
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    endings.report(UserError(MISTAKE), "train.py")
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    assert failure.message == f"train.py: error: {MISTAKE}"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "error.json"))
+    endings.report(UserError(MISTAKE), "train.py")
+    assert capsys.readouterr().err == f"train.py: error: {MISTAKE}\n" * 2

@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 
 from aullm_dist.config import Strategy
+from aullm_dist.distributed import engine
 from aullm_dist.errors import UserError
-from aullm_dist.training import engine
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from aullm_dist.training import engine
 )
 def test_what_deepspeed_refuses_is_one_line(section, message):
     with pytest.raises(UserError, match=message) as refusal:
-        engine._check_zero_section(Strategy("own", section["stage"], {}, Path("own.json")), section)
+        engine.check_zero_section(Strategy("own", section["stage"], {}, Path("own.json")), section)
     assert "\n" not in str(refusal.value)
     assert str(refusal.value).startswith("own.json: ")
 

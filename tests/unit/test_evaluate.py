@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from prediction_samples import rows_of
 
+from aullm_dist.commands.evaluate import add_arguments, run
 from aullm_dist.data.protocols import FoldPlan, SampleInfo, make_folds, write_folds
 from aullm_dist.errors import UserError
 from aullm_dist.evaluation.evaluate import evaluate_run
-from aullm_dist.evaluation.evaluate_cli import add_evaluate_arguments, run_evaluate
 from aullm_dist.evaluation.metrics import f1_macro, logit_of, summarise
+from aullm_dist.evaluation.scores import InnerScores, Intervals, Metrics
 from aullm_dist.evaluation.tables import render
-from aullm_dist.training.predictions import prediction_path, read_predictions, write_predictions
+from aullm_dist.runs.paths import FoldPaths
+from aullm_dist.runs.predictions import read_predictions, write_predictions
 
 AUS = (1, 4, 12, 45)
 
@@ -40,7 +42,7 @@ def make_run(run_dir, *, subjects=6, clips=6, seed=0, epoch=3, inner_fraction=0.
 
 
 def write_fold(run_dir, fold, rows, epoch=3, aus=AUS):
-    write_predictions(prediction_path(run_dir, fold, epoch), rows, aus=aus, epoch=epoch, step=10 * epoch)
+    write_predictions(FoldPaths(run_dir, fold).predictions(epoch), rows, aus=aus, epoch=epoch, step=10 * epoch)
 
 
 def edit_line(path, line, changes):
@@ -52,6 +54,9 @@ def edit_line(path, line, changes):
 def test_folds_are_pooled_not_averaged(tmp_path):
     _, rows = make_run(tmp_path)
     metrics = evaluate_run(tmp_path, bootstrap=50)
+    assert metrics.keys() == Metrics.__required_keys__
+    assert metrics["inner_thresholds"].keys() == InnerScores.__required_keys__
+    assert metrics["ci"].keys() == Intervals.__required_keys__
     tests = [row for fold in rows.values() for row in fold if row.role == "test"]
     labels, logits = np.array([row.labels for row in tests]), np.array([row.logits for row in tests])
     expected = summarise((labels, logits), AUS)
@@ -178,19 +183,19 @@ def test_run_without_inner_rows_has_no_second_table(tmp_path):
 
 def parse(*words):
     parser = argparse.ArgumentParser()
-    add_evaluate_arguments(parser)
+    add_arguments(parser)
     return parser.parse_args(list(words))
 
 
 def test_command_prints_what_it_was_asked_for(tmp_path, capsys):
     make_run(tmp_path)
-    assert run_evaluate(parse(str(tmp_path), "--bootstrap", "20", "--format", "json")) == 0
+    assert run(parse(str(tmp_path), "--bootstrap", "20", "--format", "json")) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "metrics.json").read_text())
-    assert run_evaluate(parse(str(tmp_path), "--epoch", "3", "--bootstrap", "0")) == 0
+    assert run(parse(str(tmp_path), "--epoch", "3", "--bootstrap", "0")) == 0
     assert capsys.readouterr().out.startswith("Held-out subjects, threshold fixed at 0.5")
 
 
-@pytest.mark.parametrize("words", [("--epoch", "best"), ("--bootstrap", "-1"), ("--format", "latex")])
+@pytest.mark.parametrize("words", [("--epoch", "best"), ("--bootstrap", "-1"), ("--format", "html")])
 def test_command_refuses_bad_arguments(words, capsys):
     with pytest.raises(SystemExit):
         parse("run", *words)
@@ -207,7 +212,7 @@ def test_non_finite_logits_are_never_written(tmp_path):
 
 def test_predictions_survive_the_round_trip(tmp_path):
     _, rows = make_run(tmp_path)
-    file = read_predictions(prediction_path(tmp_path, 2, 3))
+    file = read_predictions(FoldPaths(tmp_path, 2).predictions(3))
     assert (file.aus, file.epoch, file.step, list(file.rows)) == (AUS, 3, 30, rows[2])
 
 
@@ -234,7 +239,7 @@ def test_predictions_survive_the_round_trip(tmp_path):
 )
 def test_bad_rows_are_named(tmp_path, line, changes, message):
     make_run(tmp_path)
-    edit_line(prediction_path(tmp_path, 0, 3), line, changes)
+    edit_line(FoldPaths(tmp_path, 0).predictions(3), line, changes)
     with pytest.raises(UserError, match=message) as caught:
         evaluate_run(tmp_path)
     assert "\n" not in str(caught.value)
@@ -255,18 +260,18 @@ def test_bad_runs_are_named(tmp_path):
     write_fold(tmp_path, 6, rows[0])
     with pytest.raises(UserError, match="folds.json has no fold 6; it has 6"):
         evaluate_run(tmp_path)
-    prediction_path(tmp_path, 6, 3).unlink()
-    prediction_path(tmp_path, 1, 3).write_text("")
+    FoldPaths(tmp_path, 6).predictions(3).unlink()
+    FoldPaths(tmp_path, 1).predictions(3).write_text("")
     with pytest.raises(UserError, match="empty; the first line must be a header"):
         evaluate_run(tmp_path)
-    prediction_path(tmp_path, 1, 3).write_text('{"aus": [1], "epoch": 3}\n')
+    FoldPaths(tmp_path, 1).predictions(3).write_text('{"aus": [1], "epoch": 3}\n')
     with pytest.raises(UserError, match="key step is missing; needed are aus, epoch, step"):
         evaluate_run(tmp_path)
-    prediction_path(tmp_path, 1, 3).write_text('{"aus": [1], "epo')
+    FoldPaths(tmp_path, 1).predictions(3).write_text('{"aus": [1], "epo')
     with pytest.raises(UserError, match="line 1: not JSON"):
         evaluate_run(tmp_path)
     (tmp_path / "folds.json").unlink()
-    with pytest.raises(UserError, match="folds.json: not found"):
+    with pytest.raises(UserError, match="folds.json: cannot be read"):
         evaluate_run(tmp_path)
 
 
@@ -310,3 +315,49 @@ def test_protocol_without_test_side_is_refused(tmp_path):
     write_fold(run_dir, 0, [row for row in rows[0] if row.role == "inner"])
     with pytest.raises(UserError, match="no test predictions; protocol all has nothing to evaluate"):
         evaluate_run(run_dir)
+
+
+def test_tables_say_that_faces_are_synthetic_and_the_llm_random(tmp_path):
+    from aullm_dist import config
+    from aullm_dist.evaluation.caveats import RANDOM_LLM, SYNTHETIC, caveats
+    from aullm_dist.evaluation.compare import compare_blocks, compare_runs
+
+    make_run(tmp_path)
+    assert caveats([tmp_path]) == [], "a run that does not say"
+    record = tmp_path / "config.yaml"
+    record.write_text(json.dumps(config.to_dict(config.load(None, ["training.epochs=3"]))) + "\n")
+    metrics = evaluate_run(tmp_path, bootstrap=0)
+    assert metrics["caveats"] == [SYNTHETIC, RANDOM_LLM]
+    for fmt in ("text", "markdown", "json"):
+        assert "synthetic" in render(metrics, fmt)
+        assert "weights are random" in " ".join(render(metrics, fmt).split())
+    blocks = compare_blocks(compare_runs(tmp_path, tmp_path, bootstrap=0))
+    assert sum("synthetic" in note for block in blocks for note in block.notes) == 1
+    # A prepared dataset is asked what it was made of.
+    dataset, corpus = tmp_path / "dataset", tmp_path / "corpus"
+    dataset.mkdir()
+    corpus.mkdir()
+    (dataset / "report.json").write_text(json.dumps({"corpus": "casme2", "root": str(corpus)}))
+    settings = [f"data.train={dataset}", "model.llm=none"]
+    record.write_text(json.dumps(config.to_dict(config.load(None, settings))) + "\n")
+    assert caveats([tmp_path]) == []
+    (corpus / "SYNTHETIC.json").write_text("{}")
+    assert caveats([tmp_path]) == [SYNTHETIC]
+    record.write_text("")
+    (said,) = caveats([tmp_path])
+    assert str(record) in said
+
+
+def test_what_is_next_is_quoted_and_can_be_done(tmp_path):
+    from aullm_dist import config
+    from aullm_dist.evaluation.summary import _next_steps
+
+    run = tmp_path / "my run"
+    loaded = config.load(None, ["data.train=[a]"])
+    assert f"aullm-dist evaluate '{run}'" in _next_steps(run, loaded, has_test_side=True)
+    without = _next_steps(run, loaded, has_test_side=False)
+    assert "evaluate" not in without
+    assert f"aullm-dist predict '{run}/fold-00'" in without
+    assert f"aullm-dist merge '{run}/fold-00'" in without
+    networks = config.load(None, ["data.train=[a]", "model.llm=none"])
+    assert "merge" not in _next_steps(run, networks, has_test_side=False)

@@ -105,3 +105,27 @@ def test_pyplot_stays_out():
         "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_matplotlib_prints_by_itself_is_a_line_of_ours_or_none(tmp_path, caplog, recwarn):
+    import logging
+
+    from aullm_dist.figures import style
+    from aullm_dist.report.sections import Gallery
+
+    style._tell_of_missing_letters.cache_clear()
+    gallery = Gallery(tmp_path)
+    with caplog.at_level(logging.WARNING, "aullm_dist"):
+        for number in range(2):
+            figure, axes = style.new_figure(1, 1)
+            axes[0, 0].set_title("\u9762\u90e8")
+            gallery.add(figure, f"picture-{number}", "", "")
+    assert [record.getMessage() for record in caplog.records if "no letters" in record.getMessage()] == [
+        "The font of the figures has no letters for some names; boxes stand in their place"
+    ]
+    assert not list(recwarn)
+    logger = logging.getLogger("matplotlib")
+    with caplog.at_level(logging.WARNING, "matplotlib"):
+        logger.warning("Matplotlib created a temporary cache directory at %s", "/tmp/x")
+        logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records if record.name == "matplotlib"] == ["something else"]

@@ -24,9 +24,9 @@ from openpyxl import Workbook, load_workbook
 
 from aullm_dist.data.annotations import Annotation, AnnotationError, parse_aus
 from aullm_dist.data.corpora import CORPORA, read_corpus
-from aullm_dist.data.matching import plan_clips
-from aullm_dist.data.shards import ShardTask, run_shard
-from aullm_dist.data.workbook import cell_text
+from aullm_dist.data.preparation.matching import plan_clips
+from aullm_dist.data.preparation.shards import ShardTask, run_shard
+from aullm_dist.data.sheets import cell_text
 from aullm_dist.errors import UserError
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -73,7 +73,7 @@ def assert_read_or_refused(cell: object, *, whole: bool = True) -> None:
 @settings(max_examples=200, **PROFILE)
 @given(
     st.one_of(
-        st.text(max_size=12),
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=12),  # the default, but found in no time
         st.text(alphabet="0123456789LRAUBkor+,?() /-.", max_size=14),
         st.floats(),
         st.integers(-200, 2000),
@@ -173,7 +173,7 @@ def damage_bytes(data: bytes, rng: random.Random) -> bytes:
     return packed.getvalue()
 
 
-@settings(max_examples=200, **PROFILE)
+@settings(max_examples=150, **PROFILE)
 @given(SEEDS)
 def test_damaged_workbooks_are_read_or_refused(releases, seed):
     rng = random.Random(seed)
@@ -194,7 +194,7 @@ STRANGE_CELLS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=100, **PROFILE)
+@settings(max_examples=80, **PROFILE)
 @given(SEEDS)
 def test_a_strange_cell_is_refused_by_file_row_and_column_or_changes_that_clip_alone(
     releases, tables, true_labels, seed
@@ -269,7 +269,7 @@ def damage_tree(root: Path, rng: random.Random) -> None:
             path.with_name(f"{path.stem}\u00b2 x.jpg").write_bytes(b"")
 
 
-@settings(max_examples=200, **PROFILE)
+@settings(max_examples=120, **PROFILE)
 @given(SEEDS)
 def test_damaged_clip_trees_are_read_or_refused(releases, seed):
     rng = random.Random(seed)

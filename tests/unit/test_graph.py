@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from aullm_dist.data.corpora import CORPORA
 from aullm_dist.errors import UserError
-from aullm_dist.facs import AU_NAMES, AU_SETS, RELATION_ROWS
-from aullm_dist.model.graph import AUGraph, first_gaze, project_names
+from aullm_dist.facs import AU_NAMES, CROSS_AUS, RELATION_ROWS
+from aullm_dist.model.graph import AUGraph, GraphSizes, GraphStart, first_gaze, project_names
 from aullm_dist.model.relations import (
     MAX_IN_DEGREE,
     build_relations,
@@ -15,7 +16,8 @@ from aullm_dist.model.relations import (
     training_statistics,
 )
 
-CASME2 = AU_SETS["casme2"]
+CASME2 = CORPORA["casme2"].aus
+AU_SETS = (*(spec.aus for spec in CORPORA.values()), CROSS_AUS)
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +26,10 @@ def _seed():
 
 
 def make_graph(aus=CASME2, **changes):
-    settings = {"width": 16, "heads": 2, "embedding_rms": 0.02, **changes}
-    return AUGraph(build_relations(aus), 8, 12, 32, **settings)
+    sizes = {name: changes.pop(name) for name in ("width", "heads", "layers") if name in changes}
+    shape = GraphSizes(cell_dim=8, high_dim=12, llm_dim=32, **{"width": 16, "heads": 2, **sizes})
+    start = GraphStart(au_embedding=changes.pop("au_embedding", None), embedding_rms=0.02)
+    return AUGraph(build_relations(aus), shape, start, **changes)
 
 
 def inputs(views=2):
@@ -57,7 +61,7 @@ def test_a_pair_has_its_strongest_relation(pair, relation):
     assert relation_between(*pair[::-1]) == relation
 
 
-@pytest.mark.parametrize("aus", [*AU_SETS.values(), tuple(AU_NAMES), (12,)])
+@pytest.mark.parametrize("aus", [*AU_SETS, tuple(AU_NAMES), (12,)])
 def test_the_prior_is_sparse_symmetric_and_has_self_edges(aus):
     relations = build_relations(aus)
     pairs = list(zip(relations.target.tolist(), relations.source.tolist(), strict=True))
@@ -83,7 +87,7 @@ def test_wrong_vocabularies_are_refused():
             build_relations(aus)
 
 
-@pytest.mark.parametrize("aus", [*AU_SETS.values(), tuple(AU_NAMES)])
+@pytest.mark.parametrize("aus", [*AU_SETS, tuple(AU_NAMES)])
 def test_structure_edits_are_small_and_leave_every_node_an_edge(aus):
     relations = build_relations(aus)
     rng = np.random.default_rng(0)
@@ -132,7 +136,11 @@ def test_training_statistics_have_the_sign_that_the_relation_expects():
     assert strength[edge_of(relations, 12, 1)] == 0
     assert (strength[relations.target == relations.source] == 0).all()
     assert (training_statistics(relations, np.zeros((0, 4))) == 0).all()
-    graph = AUGraph(relations, 8, 12, 32, width=16, heads=2, edge_strength_init=strength)
+    graph = AUGraph(
+        relations,
+        GraphSizes(cell_dim=8, high_dim=12, llm_dim=32, width=16, heads=2),
+        GraphStart(edge_strength=strength),
+    )
     assert torch.equal(graph.edge_strength.detach(), torch.from_numpy(strength))
 
 
@@ -205,9 +213,9 @@ def test_an_antagonist_starts_with_the_opposite_effect_of_a_companion():
 def test_nodes_start_from_the_names_whatever_the_seed():
     names = 0.02 * torch.randn(8, 32) + 0.5
     torch.manual_seed(1)
-    first = make_graph(au_embedding_init=names).au_embedding
+    first = make_graph(au_embedding=names).au_embedding
     torch.manual_seed(2)
-    second = make_graph(au_embedding_init=names.bfloat16()).au_embedding
+    second = make_graph(au_embedding=names.bfloat16()).au_embedding
     torch.testing.assert_close(first, second, rtol=0.1, atol=0.3)
     torch.testing.assert_close(first.square().mean(1).sqrt(), torch.ones(8), rtol=1e-3, atol=0)
     assert torch.isfinite(project_names(torch.randn(1, 32), 16)).all()

@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from aullm_dist.config import load
 from aullm_dist.data.clips import ClipStore
+from aullm_dist.evaluation.answers import Answers
 from aullm_dist.training import heldout
 from aullm_dist.training.build import build_model, evaluation_recipe
 
@@ -20,7 +21,7 @@ def answer(tiny_dataset):
     built = build_model(config, AUS, "none")
     view = store.view([sample.sample_id for sample in store.samples])
 
-    def run(micro_batch: int) -> heldout.Answers:
+    def run(micro_batch: int) -> Answers:
         held_out = heldout.HeldOut(Accelerator(cpu=True), evaluation_recipe(config, built), AUS, micro_batch)
         return held_out.answer(built.model, view, name="Held-out clips")[None]
 

@@ -5,8 +5,8 @@ import torch
 from benchmark_scripts import benchmark
 from transformers import AutoModelForCausalLM
 
-from aullm_dist.model.quantization import nf4_config
-from aullm_dist.model.weight_files import WeightFiles
+from aullm_dist.llm.quantization import nf4_config
+from aullm_dist.llm.stored.weight_files import WeightFiles
 
 
 @pytest.fixture(scope="module")

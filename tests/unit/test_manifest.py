@@ -8,10 +8,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from aullm_dist.checkpoint import manifest as manifest_module
+from aullm_dist.checkpoint.entries import FileEntry, ManifestFacts, ParameterEntry, TensorEntry
+from aullm_dist.checkpoint.manifest import (
+    extra_files,
+    read_manifest,
+    tensor_table,
+    verify_checkpoint,
+    write_manifest,
+    write_signed,
+)
+from aullm_dist.commands.checkpoint import add_arguments, run
 from aullm_dist.errors import UserError
-from aullm_dist.training import manifest as manifest_module
-from aullm_dist.training.checkpoint_cli import add_checkpoint_arguments, run_checkpoint_verify
-from aullm_dist.training.manifest import extra_files, read_manifest, tensor_table, verify_checkpoint, write_manifest
+from aullm_dist.llm.identity import BaseIdentity, WeightFile
 
 TENSORS = {"b.weight": np.zeros((2, 3), np.float32), "a": np.arange(5, dtype=np.int64), "s": np.ones((), np.float16)}
 
@@ -21,29 +30,75 @@ def make_checkpoint(root, step=120, config=None):
     folder.mkdir(parents=True)
     save_file(TENSORS, folder / "aullm_modules.safetensors")
     (folder / "trainer_state.json").write_text('{"step": 120}')
-    write_manifest(folder, step=step, world_size=2, facts={"config": config or {}})
+    write_manifest(folder, step=step, world_size=2, facts=ManifestFacts(config=config or {}))
     return folder
 
 
 def test_manifest_describes_files_and_tensors(tmp_path):
     folder = make_checkpoint(tmp_path, config={"seed": 1})
     manifest = read_manifest(folder)
-    assert manifest["format_version"] == 1
-    assert (manifest["step"], manifest["world_size"], manifest["config"]) == (120, 2, {"seed": 1})
-    assert manifest["tensors"] == {
+    assert manifest.format_version == 1
+    assert (manifest.step, manifest.world_size, manifest.config) == (120, 2, {"seed": 1})
+    assert manifest.tensors == {
         "aullm_modules.safetensors": {
-            "a": {"dtype": "I64", "shape": [5]},
-            "b.weight": {"dtype": "F32", "shape": [2, 3]},
-            "s": {"dtype": "F16", "shape": []},
+            "a": TensorEntry("I64", (5,)),
+            "b.weight": TensorEntry("F32", (2, 3)),
+            "s": TensorEntry("F16", ()),
         }
     }
-    assert manifest["files"].keys() == {"aullm_modules.safetensors", "trainer_state.json"}
-    assert manifest["files"]["trainer_state.json"] == {
-        "size": 13,
-        "sha256": "886213fa78e374e38b1705f610776df6b9ad01cc6468068373479d972044af94",
-    }
-    assert manifest["versions"]["python"].startswith("3.")
+    assert manifest.files.keys() == {"aullm_modules.safetensors", "trainer_state.json"}
+    assert manifest.files["trainer_state.json"] == FileEntry(
+        13, "886213fa78e374e38b1705f610776df6b9ad01cc6468068373479d972044af94"
+    )
+    assert manifest.versions["python"].startswith("3.")
     assert verify_checkpoint(folder) == verify_checkpoint(folder, "size") == []
+
+
+def test_a_manifest_is_written_as_it_was_read(tmp_path):
+    """The keys and their order as version 1 of the format has them; a file of an older run comes back byte for byte."""
+    folder = tmp_path / "step-00000003"
+    folder.mkdir()
+    save_file(TENSORS, folder / "aullm_modules.safetensors")
+    weights = {"a.safetensors": WeightFile(7, "5a" * 32), "b.safetensors": WeightFile(8, "5b" * 32, sha256="b0" * 32)}
+    facts = ManifestFacts(
+        parameters={"b": ParameterEntry(file="f", key="k", trainable=True, optimizer=("exp_avg", "master"))},
+        quantized_modules=("layers.0.q_proj",),
+        base=BaseIdentity(name="org/llm", revision="c0ffee", config_sha256="cf" * 32, files=weights),
+        config={"training": {"seed": 0}},
+    )
+    write_manifest(folder, step=3, world_size=2, facts=facts)
+    content = json.loads((folder / "MANIFEST.json").read_bytes())
+    assert list(content) == [
+        *("format", "format_version", "step", "world_size", "versions", "files", "tensors", "parameters"),
+        *("quantized_modules", "base", "config", "manifest_sha256"),
+    ]
+    assert content["parameters"] == {
+        "b": {"file": "f", "key": "k", "trainable": True, "optimizer": ["exp_avg", "master"]}
+    }
+    assert content["quantized_modules"] == ["layers.0.q_proj"]
+    assert content["base"] == {
+        "name": "org/llm",
+        "revision": "c0ffee",
+        "config_sha256": "cf" * 32,
+        "files": {
+            "a.safetensors": {"size": 7, "sample_sha256": "5a" * 32},
+            "b.safetensors": {"size": 8, "sample_sha256": "5b" * 32, "sha256": "b0" * 32},
+        },
+    }
+    assert content["tensors"]["aullm_modules.safetensors"]["b.weight"] == {"dtype": "F32", "shape": [2, 3]}
+    manifest = read_manifest(folder)
+    write_signed(tmp_path / "again.json", manifest.to_json())
+    assert (tmp_path / "again.json").read_bytes() == (folder / "MANIFEST.json").read_bytes()
+    assert manifest.manifest_sha256 == content["manifest_sha256"]
+
+
+def test_a_signed_manifest_that_lacks_an_entry_is_refused(tmp_path):
+    folder = make_checkpoint(tmp_path)
+    content = read_manifest(folder).to_json()
+    del content["parameters"]
+    write_signed(folder / "MANIFEST.json", content)
+    with pytest.raises(UserError, match="lacks the entry 'parameters'"):
+        read_manifest(folder)
 
 
 def test_every_flipped_bit_of_the_manifest_shows(tmp_path):
@@ -137,8 +192,8 @@ def test_extra_files_are_named_but_do_no_harm(tmp_path):
 
 def _verify(*words):
     parser = argparse.ArgumentParser()
-    add_checkpoint_arguments(parser)
-    return run_checkpoint_verify(parser.parse_args(["verify", *map(str, words)]))
+    add_arguments(parser)
+    return run(parser.parse_args(["verify", *map(str, words)]))
 
 
 def test_command_on_one_checkpoint(tmp_path, capsys):
@@ -179,7 +234,7 @@ def test_command_where_there_is_no_checkpoint(tmp_path):
 
 
 def test_verifying_needs_no_torch():
-    code = "import sys, aullm_dist.training.checkpoint_cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, aullm_dist.commands.checkpoint; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -1,5 +1,6 @@
 """`aullm-dist merge`: the bytes that PEFT makes, the weights that training saw, and nothing half."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,15 +14,17 @@ from safetensors.torch import load_file, save_file
 from tiny_architectures import write_backbone
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from aullm_dist.checkpoint.base_identity import base_identity
+from aullm_dist.checkpoint.entries import Manifest
+from aullm_dist.checkpoint.manifest import read_manifest, write_manifest
 from aullm_dist.cli import main
 from aullm_dist.errors import UserError
-from aullm_dist.model.quantize_base import quantize_base
-from aullm_dist.model.tiny import build_tiny_backbone
-from aullm_dist.release import merge_plan, merge_probe
-from aullm_dist.release.merge import merge_llm
-from aullm_dist.release.merge_journal import Journal
-from aullm_dist.training.base_identity import base_identity
-from aullm_dist.training.manifest import write_manifest
+from aullm_dist.llm.stored.quantize import quantize_base
+from aullm_dist.llm.tiny import build_tiny_backbone
+from aullm_dist.merge import logit_errors as merge_probe
+from aullm_dist.merge import plan as merge_plan
+from aullm_dist.merge.journal import Journal
+from aullm_dist.merge.merge import merge_llm
 
 GIB = 2**30
 PATTERNS = {"r": 5, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"layers.1.mlp.up_proj": 7}}
@@ -33,7 +36,7 @@ def small_units():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merge_plan, "UNIT_WEIGHTS", 512)
         patch.setattr(merge_plan, "LARGEST_PIECE", 1024)
-        patch.setattr("aullm_dist.release.merge_compute.CHUNK", 5 * 64)
+        patch.setattr("aullm_dist.merge.compute.CHUNK", 5 * 64)
         yield
 
 
@@ -187,7 +190,7 @@ def test_no_byte_depends_on_the_memory(nf4, tmp_path, monkeypatch):
 def test_machines_with_many_cores_need_no_more_memory(nf4, tmp_path, monkeypatch):
     least = []
     for number, workers in enumerate((1, 64)):
-        monkeypatch.setattr("aullm_dist.release.merge.num_workers", lambda workers=workers: workers)
+        monkeypatch.setattr("aullm_dist.merge.merge.num_workers", lambda workers=workers: workers)
         with pytest.raises(UserError, match="needs at least") as refused:
             merge_llm(nf4, tmp_path / f"out{number}", max_ram=1)
         least.append(int(re.search(r"at least (\d+) MiB", str(refused.value))[1]))
@@ -249,12 +252,11 @@ def damaged(base, tmp_path, plain, change) -> tuple:
     change(folder)
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(plain, checkpoint)
-    manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
+    manifest = read_manifest(checkpoint)
     identity = base_identity(str(folder), {}, folder)
-    facts = {key: manifest[key] for key in ("parameters", "quantized_modules", "config")}
-    facts["base"] = {**manifest["base"], "name": str(folder), "files": identity["files"]}
+    base = dataclasses.replace(manifest.base, name=str(folder), files=identity.files)
     (checkpoint / "MANIFEST.json").unlink()
-    write_manifest(checkpoint, step=1, world_size=1, facts=facts)
+    write_manifest(checkpoint, step=1, world_size=1, facts=dataclasses.replace(manifest, base=base))
     return checkpoint, "--out", tmp_path / "out"
 
 
@@ -320,10 +322,9 @@ def test_layers_that_the_base_does_not_have(plain, tmp_path, capsys):
 
 def again(checkpoint) -> None:
     """Write the manifest of a changed checkpoint anew."""
-    manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
-    facts = {key: manifest[key] for key in ("parameters", "quantized_modules", "config", "base")}
+    manifest = Manifest.from_json(json.loads((checkpoint / "MANIFEST.json").read_text()))
     (checkpoint / "MANIFEST.json").unlink()
-    write_manifest(checkpoint, step=1, world_size=1, facts=facts)
+    write_manifest(checkpoint, step=1, world_size=1, facts=manifest)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +348,7 @@ def test_adapters_that_are_more_than_lora(plain, tmp_path, capsys, change, messa
 
 def test_a_full_disk_is_told_before_anything_is_written(plain, tmp_path, capsys, monkeypatch):
     usage = namedtuple("Usage", "free")
-    monkeypatch.setattr("aullm_dist.model.weight_files.shutil.disk_usage", lambda folder: usage(1000))
+    monkeypatch.setattr("aullm_dist.llm.stored.weight_files.shutil.disk_usage", lambda folder: usage(1000))
     assert "0.00 GB are free" in refusal(capsys, plain, "--out", tmp_path / "deep" / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -357,7 +358,7 @@ def test_a_disk_that_fills_up_keeps_what_is_there(plain, tmp_path, capsys, monke
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("aullm_dist.release.merge.shutil.copyfile", full)
+        patch.setattr("aullm_dist.merge.merge.shutil.copyfile", full)
         assert "No space left on device" in refusal(capsys, plain, "--out", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     receipt = merge_llm(plain, tmp_path / "out", max_ram=GIB)
@@ -376,17 +377,23 @@ def killed(monkeypatch, what: str, checkpoint, out, instead=None) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"aullm_dist.release.{what}", instead or die)
+        patch.setattr(f"aullm_dist.merge.{what}", instead or die)
         with pytest.raises(Killed):
             merge_llm(checkpoint, out, max_ram=GIB)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(base, tmp_path_factory):
+    """A checkpoint on an LLM in several files, the merge that nobody killed, and its receipt."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    checkpoint = write_checkpoint(folder / "run", split(base(), folder / "llm"))
+    return checkpoint, folder / "whole", merge_llm(checkpoint, folder / "whole", max_ram=GIB)
+
+
 @pytest.mark.parametrize("after", [1, 2, 5, 9])
-def test_a_killed_merge_goes_on_where_it_was(base, tmp_path, monkeypatch, after):
-    folder = split(base(), tmp_path / "llm")
-    checkpoint = write_checkpoint(tmp_path / "run", folder)
-    expected = merge_llm(checkpoint, tmp_path / "whole", max_ram=GIB)
-    monkeypatch.setattr("aullm_dist.release.merge_run._FLUSH_BYTES", 1000)
+def test_a_killed_merge_goes_on_where_it_was(undisturbed, tmp_path, monkeypatch, after):
+    checkpoint, whole, expected = undisturbed
+    monkeypatch.setattr("aullm_dist.merge.pipeline._FLUSH_BYTES", 1000)
     note, count = Journal.note, iter(range(100))
 
     def note_and_die(*arguments: object) -> None:
@@ -394,14 +401,14 @@ def test_a_killed_merge_goes_on_where_it_was(base, tmp_path, monkeypatch, after)
             raise Killed
         note(*arguments)
 
-    killed(monkeypatch, "merge_journal.Journal.note", checkpoint, tmp_path / "out", note_and_die)
+    killed(monkeypatch, "journal.Journal.note", checkpoint, tmp_path / "out", note_and_die)
     partial = tmp_path / "out.partial"
     with (partial / "journal.jsonl").open("a") as journal:
         journal.write('{"file": "model-0000')
     receipt = merge_llm(checkpoint, tmp_path / "out", max_ram=GIB)
     assert receipt.files == expected.files
     assert 0 < receipt.resumed_bytes < receipt.bytes
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(whole)
     assert not partial.exists()
 
 
@@ -429,7 +436,7 @@ def test_unfinished_work_that_is_not_ours_or_not_what_it_was(plain, tmp_path, mo
 
 
 def test_a_merge_that_was_killed_among_its_leftovers_is_finished(plain, tmp_path, monkeypatch):
-    killed(monkeypatch, "merge_journal.Journal.remove", plain, tmp_path / "out")
+    killed(monkeypatch, "journal.Journal.remove", plain, tmp_path / "out")
     before = contents(tmp_path / "out")
     receipt = merge_llm(plain, tmp_path / "out", max_ram=GIB)
     assert receipt.merged == 14
@@ -442,8 +449,8 @@ def test_the_probe_computes_what_the_models_compute(base, wide, tmp_path, monkey
     seen = {}
     logits = merge_probe._logits
 
-    def keep(plan, beside, **options):
-        return seen.setdefault(len(seen), logits(plan, beside, **options))
+    def keep(*given, **options):
+        return seen.setdefault(len(seen), logits(*given, **options))
 
     monkeypatch.setattr(merge_probe, "_logits", keep)
     monkeypatch.setattr(merge_probe, "_WEIGHTS_AT_ONCE", 64 * 64)
@@ -474,3 +481,12 @@ def test_the_probe_of_the_command(nf4, tmp_path, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "error of" in line]
     assert [line.rpartition(":")[0].rpartition(" ")[2] for line in lines] == ["arithmetic", "nf4-exact", "bf16"]
     assert "prompt per line" in refusal(capsys, nf4, "--out", tmp_path / "b", "--probe", tmp_path / "none.txt")
+
+
+def test_a_merge_that_rounds_says_so(base, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "run", base(), "fp32")
+    rounded = merge_llm(checkpoint, tmp_path / "rounded", max_ram=GIB)
+    assert "rounded to bf16" in rounded.note
+    assert "--dtype fp32" in rounded.note
+    exact = merge_llm(checkpoint, tmp_path / "exact", dtype=torch.float32, max_ram=GIB)
+    assert "rounded" not in exact.note

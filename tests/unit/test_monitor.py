@@ -16,15 +16,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from aullm_dist.config import load
-from aullm_dist.training import monitor_console, monitor_events
+from aullm_dist.monitoring import console as monitor_console
+from aullm_dist.monitoring import events as monitor_events
+from aullm_dist.monitoring.clock import StepClock
+from aullm_dist.monitoring.console import Console, duration
+from aullm_dist.monitoring.events import EventFile
+from aullm_dist.monitoring.health import Health
+from aullm_dist.monitoring.overview import flat_settings
+from aullm_dist.monitoring.writer import LAYOUT, Monitor
 from aullm_dist.training.guard import GradientGuard
-from aullm_dist.training.monitor import LAYOUT, Monitor
-from aullm_dist.training.monitor_clock import StepClock
-from aullm_dist.training.monitor_console import Console, duration
-from aullm_dist.training.monitor_events import EventFile
-from aullm_dist.training.monitor_folds import flat_settings
-from aullm_dist.training.monitor_health import Health
-from aullm_dist.training.monitor_loop import LoopMonitor
+from aullm_dist.training.progress import LoopMonitor
 
 
 @pytest.fixture
@@ -218,7 +219,7 @@ def test_a_part_that_no_gradient_reaches_is_found_in_the_optimizer(said, tmp_pat
     assert "loss 1.5 -> 1.5" in watch.summary(1)
     assert "1 thing to look at" in watch.summary(1)
     monitor.close()
-    assert read(tmp_path).Scalars("loss/loss")[0].value == 1.5
+    assert read(tmp_path).Scalars("Loss/loss")[0].value == 1.5
     assert "mfu" not in " ".join(read(tmp_path).Tags()["scalars"])
 
 
@@ -273,7 +274,9 @@ def test_durations():
 
 
 def test_hyperparameters_are_numbers_and_words():
-    settings = flat_settings(load(None, ["data.train=[a,b]", "training.output=somewhere"]))
+    settings = flat_settings(
+        load(None, ["data.train=[a,b]", "training.output=somewhere", "counterfactual.enabled=true"])
+    )
     assert settings["data.train"] == "a, b"
     assert settings["model.lora_rank"] == 16
     assert settings["counterfactual.enabled"] is True

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from aullm_dist.training import monitor_clock
-from aullm_dist.training.monitor_clock import StepClock
+from aullm_dist.monitoring import clock as monitor_clock
+from aullm_dist.monitoring.clock import StepClock
 
 
 class Ticks:
@@ -144,3 +144,68 @@ def test_waits_for_others_are_seen_in_sampled_steps_alone(monkeypatch):
     assert found == [None, pytest.approx(15), None, pytest.approx(15)]
     assert Work.wait.__qualname__.endswith("Work.wait"), "nothing stays behind in torch"
     assert not weight._post_accumulate_grad_hooks
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU whose streams are waited for by hand: its clock, the computing stream and another one."""
+    ticks = Ticks(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "reached", math.inf)
+    monkeypatch.setattr(Event, "record", lambda event: setattr(event, "at", ticks.now), raising=False)
+
+    class Stream:
+        def wait_event(self, _):
+            ticks.pass_(0.004)
+
+        def wait_stream(self, _):
+            self.wait_event(None)
+
+        def synchronize(self):
+            ticks.pass_(0.002)
+
+    computing, other = Stream(), Stream()
+    current = [computing]
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    return ticks, computing, other, current
+
+
+def sampled_wait(ticks, wait):
+    """Return the milliseconds of `communication_wait` of a step in which `wait` is called."""
+    clock = StepClock(torch.device("cuda"), sample_every=1)
+    clock.begin(0)
+    clock.mark(None)
+    ticks.pass_(0.1)
+    wait()
+    clock.mark("forward")
+    clock.end()
+    return clock.read()["communication_wait"]
+
+
+def test_on_a_gpu_waits_of_the_computing_stream_for_others_count(gpu):
+    """As ZeRO-3 waits: `current_stream().wait_stream(allgather_stream)`, and `synchronize` of its reducing stream."""
+    ticks, computing, other, current = gpu
+    before = dict(vars(torch.cuda.Stream))
+    assert sampled_wait(ticks, lambda: computing.wait_stream(other)) == pytest.approx(4), "counted once"
+    assert sampled_wait(ticks, lambda: computing.wait_event(None)) == pytest.approx(4)
+    assert sampled_wait(ticks, lambda: other.synchronize()) == pytest.approx(2)
+    assert dict(vars(torch.cuda.Stream)) == before, "nothing stays behind in torch"
+
+
+def test_waits_that_hold_up_no_computing_do_not_count(gpu):
+    ticks, computing, other, current = gpu
+    assert sampled_wait(ticks, lambda: other.wait_stream(computing)) == 0
+
+    def on_the_other_stream():
+        current[0] = other
+        other.wait_stream(computing)
+        current[0] = computing
+
+    assert sampled_wait(ticks, on_the_other_stream) == 0
+
+
+def test_the_methods_that_are_watched_are_those_of_torch():
+    """Renamed, they would read 0 without a word; `__eq__` is what tells the computing stream."""
+    for name in ("wait_stream", "wait_event", "synchronize", "__eq__"):
+        assert name in vars(torch.cuda.Stream), name

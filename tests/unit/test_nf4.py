@@ -4,9 +4,9 @@ import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type, quantize_4bit
 
-from aullm_dist.model import nf4
-from aullm_dist.model.nf4 import BLOCK, block_maxima
-from aullm_dist.model.quantization import make_packer, nf4_config, pack
+from aullm_dist.llm import nf4
+from aullm_dist.llm.nf4 import BLOCK, block_maxima
+from aullm_dist.llm.quantization import make_packer, nf4_config, pack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

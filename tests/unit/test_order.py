@@ -4,7 +4,7 @@ from itertools import chain
 
 import pytest
 
-from aullm_dist.training.order import BatchPlan, SampleStream, generator
+from aullm_dist.data.order import BatchPlan, SampleStream, generator, total_steps
 
 
 def _stream(processes: int, micro_batch: int, steps: int) -> list[list[int]]:
@@ -43,3 +43,18 @@ def test_generators_are_keyed_by_every_key():
     }
     assert len(draws) == 5
     assert generator(0, "a", 1).integers(2**62) == generator(0, "a", 1).integers(2**62)
+
+
+def test_the_last_epoch_is_the_one_that_was_asked_for():
+    """The last step takes what its batch lacks from the next epoch, which is not trained for that."""
+    from types import SimpleNamespace
+
+    from aullm_dist.config import load
+    from aullm_dist.training.fold import FoldTrainer
+
+    for clips, batch, epochs in ((3, 16, 2), (5, 4, 2), (7, 8, 3)):
+        config = load(None, [f"training.epochs={epochs}", f"training.global_batch={batch}", "training.micro_batch=1"])
+        trainer = SimpleNamespace(config=config, train_view=range(clips))
+        last = total_steps(clips, epochs, batch, None)
+        assert FoldTrainer._epoch(trainer, last) == epochs
+        assert all(FoldTrainer._epoch(trainer, step) < epochs for step in range(last))

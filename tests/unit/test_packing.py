@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from aullm_dist.errors import UserError
-from aullm_dist.model import packing
-from aullm_dist.model.llm import ACTIVATION_CHECKPOINTING, embedding_rms, load_backbone
-from aullm_dist.model.packing import check_packable, packed_hidden, padded_hidden, per_branch_hidden
+from aullm_dist.llm.backbone import ACTIVATION_CHECKPOINTING, BackboneOptions, embedding_rms, load_backbone
+from aullm_dist.llm.tiny import build_tiny_backbone
 from aullm_dist.model.prompt import build_prompt
 from aullm_dist.model.reasoner import Reasoner
-from aullm_dist.model.tiny import build_tiny_backbone
+from aullm_dist.packing import masks
+from aullm_dist.packing.forward import decoder_of, packed_hidden, padded_hidden, per_branch_hidden
+from aullm_dist.packing.support import check_packable
 
 AUS = (1, 2, 4, 12)
 WIDTH = 32
@@ -28,7 +29,7 @@ def folders(tmp_path_factory):
 
 def make_reasoner(folder, *, readout="last", use_structure=True, **options):
     loading = {key: options.pop(key) for key in ("attention", "activation_checkpointing", "dtype") if key in options}
-    backbone = load_backbone(folder, lora_rank=4, **loading)
+    backbone = load_backbone(folder, BackboneOptions(lora_rank=4, **loading))
     prompt = build_prompt(AUS, backbone.tokenizer, readout=readout, use_structure=use_structure)
     torch.manual_seed(3)
     reasoner = Reasoner(backbone, prompt, **options)
@@ -114,7 +115,7 @@ def test_hidden_states_of_all_paths_agree(folders, rows):
 @pytest.mark.parametrize("attention", ["prefix", "sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_changed_suffix_changes_only_its_own_output(folders, attention, dtype):
-    llm = load_backbone(folders["llama"], attention=attention, dtype=dtype).model.eval()
+    llm = load_backbone(folders["llama"], BackboneOptions(attention=attention, dtype=dtype)).model.eval()
     prefix = torch.randn(9, WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype)
     suffix = torch.randn(5, 4, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
     changed = suffix.clone()
@@ -175,10 +176,19 @@ def test_self_check_passes_on_a_good_mask_and_raises_on_a_leak(folders, monkeypa
     reasoner = make_reasoner(folders["llama"], attention="sdpa")
     assert reasoner.self_check() < 1e-5
     assert reasoner.training
-    causal = packing.create_causal_mask
-    monkeypatch.setattr(packing, "create_causal_mask", lambda and_mask_function, **given: causal(**given))
-    packing._masks.clear()
+    causal = masks.create_causal_mask
+    monkeypatch.setattr(masks, "create_causal_mask", lambda and_mask_function, **given: causal(**given))
+    masks._masks.clear()
     with pytest.raises(UserError, match="other hidden states packed than padded"):
+        reasoner.self_check()
+
+
+def test_hidden_states_that_overflow_are_not_blamed_on_packing(folders):
+    """Every weight is a finite number, and what they give is none."""
+    reasoner = make_reasoner(folders["llama"], attention="sdpa")
+    with torch.no_grad():
+        decoder_of(reasoner.llm).layers[0].mlp.down_proj.weight.fill_(1e38)
+    with pytest.raises(UserError, match="llama gives hidden states that are not finite for the prompt, packed or not"):
         reasoner.self_check()
 
 
@@ -189,7 +199,7 @@ def test_check_packable_names_what_it_refuses(folders):
         check_packable(config, "flash_attention_2")
     config.model_type = "qwen3_next"
     with pytest.raises(
-        UserError, match=r"'qwen3_next' has no mask recipe; allowed: llama, mistral, qwen2, qwen3, gemma2"
+        UserError, match=r"'qwen3_next' has no mask recipe for attention 'sdpa'; allowed: model.attention"
     ):
         check_packable(config, "sdpa")
     config.model_type, config.layer_types = "qwen3", ["full_attention", "linear_attention"]

@@ -9,13 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_architectures import ARCHITECTURES, write_backbone
+from tiny_backbones import write_any
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import Chunk, Transpose, WeightConverter
 
 from aullm_dist.errors import UserError
-from aullm_dist.model.piecewise import NeverCalled, load_in_pieces, piece_of
-from aullm_dist.model.quantization import nf4_config
-from aullm_dist.model.weight_files import WeightFiles
+from aullm_dist.llm import piecewise
+from aullm_dist.llm.piecewise import Alone, NeverCalled, load_in_pieces, model_without_storage, piece_of
+from aullm_dist.llm.quantization import nf4_config
+from aullm_dist.llm.stored import conversion
+from aullm_dist.llm.stored.weight_files import WeightFiles
 
 
 class Threads:
@@ -159,18 +163,62 @@ def test_layers_that_a_publisher_left_unpacked_stay_so(folders, tmp_path):
     assert_same(expected, model)
 
 
-def test_a_model_with_buffers_in_its_files_is_refused_by_name(folders, monkeypatch):
-    build = AutoModelForCausalLM.from_config
+# Experts by themselves in the files under two kinds of names, fused in the files, buffers in float32, layers with names
+# of their own, weights that stay in float32, buffers that are filled from outside.
+RENAMED = ("qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "deepseek_v3", "granitemoehybrid", "olmo_hybrid", "falcon_h1")
 
-    def with_buffer(*args, **kwargs):
-        model = build(*args, **kwargs)
-        model.model.register_buffer("layer_scale", torch.ones(1))
-        return model
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_config", with_buffer)
-    config = AutoConfig.from_pretrained(folders("llama"))
-    with pytest.raises(UserError, match="llama keeps buffers in its files, first model.layer_scale"):
-        load_in_pieces(str(folders("llama")), config, torch.float32, Threads(0, 1, {"barrier": threading.Barrier(1)}))
+@pytest.fixture(scope="module")
+def renamed(tmp_path_factory):
+    """Return a function that gives the folder of a type whose files the library converts."""
+    root = tmp_path_factory.mktemp("renamed")
+
+    def give(name: str):
+        if not (root / name).exists():
+            write_any(root / name, name)
+        return root / name
+
+    return give
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("name", RENAMED)
+def test_what_the_library_converts_is_converted_in_pieces(renamed, name, quantized):
+    """Bit for bit, dtypes that are a weight's own included; bfloat16, as float32 would hide those."""
+    packing = nf4_config(torch.bfloat16) if quantized else None
+    options = {"quantization_config": packing} if quantized else {}
+    expected = AutoModelForCausalLM.from_pretrained(renamed(name), dtype=torch.bfloat16, **options)
+    for model in load(renamed(name), 2, torch.bfloat16, packing):
+        assert_same(expected, model)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("kind", ["chunk", "transpose"])
+def test_other_conversions_are_followed_or_left_to_the_library(folders, tmp_path, monkeypatch, kind, dim):
+    """No type that packs has them today: one weight that becomes three, and one that is turned."""
+    names = [f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv"]
+    tensors = load_file(folders("qwen3") / "model.safetensors")
+    expected = {name: tensors[name] for name in names}
+    if kind == "chunk":
+        even = {name: tensors[names[0]] + number for number, name in enumerate(names)}
+        expected = even
+        stored = {"model.layers.0.self_attn.qkv.weight": torch.cat(list(even.values()), dim=dim)}
+        converter = lambda: WeightConverter(  # noqa: E731 - made anew for each load
+            "self_attn.qkv.weight", [f"self_attn.{n}_proj.weight" for n in "qkv"], [Chunk(dim=dim)]
+        )
+    else:
+        stored = {"model.layers.0.self_attn.turned": tensors[names[0]].T.contiguous()}
+        expected = {names[0]: tensors[names[0]]}
+        converter = lambda: WeightConverter("self_attn.turned", "self_attn.q_proj.weight", [Transpose(0, 1)])  # noqa: E731
+    save_file({k: v for k, v in tensors.items() if k not in expected} | stored, tmp_path / "model.safetensors")
+    monkeypatch.setattr(conversion, "get_model_conversion_mapping", lambda model: [converter()])
+    model = model_without_storage(AutoConfig.from_pretrained(folders("qwen3")), torch.float32, None)
+    files = WeightFiles(tmp_path)
+    found = conversion.find_values(model, files)
+    for name, tensor in expected.items():
+        assert (found[name].make is None) == (kind == "chunk")
+        for first, last in ((0, tensor.numel()), (5, 6), (17, tensor.numel() - 3)):
+            assert torch.equal(found[name].read(files, first, last), tensor.reshape(-1)[first:last]), (name, first)
 
 
 def test_the_processes_read_each_byte_once(folders, monkeypatch):
@@ -191,6 +239,16 @@ def test_the_head_is_not_loaded(folders):
     assert isinstance(model.get_output_embeddings(), NeverCalled)
     with pytest.raises(AssertionError, match="not loaded"):
         model(torch.tensor([[1, 2]]))
+
+
+@pytest.mark.parametrize("name", ["modernbert-decoder", "rwkv", "opt", "gpt_neox"])
+def test_heads_and_embeddings_of_other_names(tmp_path, name):
+    """Types whose library functions look at the head, or that call it something else."""
+    write_any(tmp_path, name)
+    (model,) = load(tmp_path, 1)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path)
+    whole.set_output_embeddings(NeverCalled())
+    assert_same(whole, model)
 
 
 def test_pieces_cover_everything_once():
@@ -251,6 +309,22 @@ def test_damaged_files_are_named_before_anything_is_read(folders, tmp_path, dama
     assert str(folder) in str(refusal.value)
 
 
+@pytest.mark.parametrize("quantization", [None, nf4_config(torch.float32)], ids=["plain", "nf4"])
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_value_that_is_not_finite_is_found_by_whoever_reads_it(folders, tmp_path, monkeypatch, place, quantization):
+    found: list = []
+    monkeypatch.setattr(piecewise, "refuse_not_finite", lambda source, names: found.append(list(names)))
+    folder = tmp_path / "damaged"
+    shutil.copytree(folders("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name].view(-1)[place] = float("inf")
+    save_file(tensors, folder / "model.safetensors")
+    load(folder, 3, torch.float32, quantization)
+    # A plain weight has its value on one process; NF4's constants are put together on all.
+    assert sorted(found) == ([[], [], [name]] if quantization is None else [[name]] * 3)
+
+
 @pytest.mark.parametrize(("change", "message"), [("drop", "are missing in"), ("cut", "are of another shape in")])
 def test_weights_that_do_not_fit_the_model(folders, tmp_path, change, message):
     folder = tmp_path / "other"
@@ -264,3 +338,40 @@ def test_weights_that_do_not_fit_the_model(folders, tmp_path, change, message):
     config = AutoConfig.from_pretrained(folder)
     with pytest.raises(UserError, match=f"1 weights {message}.*first {name}"):
         load_in_pieces(str(folder), config, torch.float32, Threads(0, 1, {"barrier": threading.Barrier(1)}))
+
+
+EXPERT = "model.layers.0.mlp.experts.1.up_proj.weight"
+"""One of those that the library makes one parameter of."""
+EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
+UNEQUAL = rf"1 weights are of another shape in its files, first {EXPERTS} \(cannot be put together: "
+
+
+@pytest.mark.parametrize("pack_experts", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda values: values[:-1].clone(),
+            UNEQUAL,
+        ),
+        (
+            lambda values: values.T.contiguous(),
+            UNEQUAL,
+        ),
+        (lambda values: (9 * values).to(torch.int8), f"1 weights are whole numbers in its files, first {EXPERTS}"),
+        (lambda values: values.masked_fill(values == values.max(), torch.inf), f"{EXPERTS} holds values that are inf"),
+        (lambda values: None, UNEQUAL),
+    ],
+    ids=["cut", "turned", "whole numbers", "infinite", "missing"],
+)
+def test_one_bad_expert_among_those_that_become_one_parameter(renamed, tmp_path, change, message, pack_experts):
+    folder = tmp_path / "damaged"
+    shutil.copytree(renamed("qwen3_moe"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    changed = change(tensors.pop(EXPERT))
+    save_file(tensors | ({} if changed is None else {EXPERT: changed}), folder / "model.safetensors")
+    config = AutoConfig.from_pretrained(folder)
+    with pytest.raises(UserError, match=message):
+        load_in_pieces(
+            str(folder), config, torch.float32, Alone(), nf4_config(torch.float32), pack_experts=pack_experts
+        )

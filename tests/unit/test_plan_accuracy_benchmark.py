@@ -4,7 +4,7 @@ import pytest
 from benchmark_scripts import benchmark
 
 from aullm_dist.config import load
-from aullm_dist.model.architecture import config_of
+from aullm_dist.llm.architecture import config_of
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,16 @@ def test_bytes_that_are_off_are_told(bench):
     assert bench.missed("case", row) == ["case: step is off by -3.0 %, allowed 2 %"]
 
 
-def test_every_case_writes_a_run_file_with_its_architecture(bench, tmp_path):
-    for name, case in bench.CASES.items():
+@pytest.fixture(scope="module")
+def on_fake_gpu():
+    with benchmark("plan_on_fake_gpu") as module:
+        yield module
+
+
+@pytest.mark.parametrize("script", ["bench", "on_fake_gpu"])
+def test_every_case_writes_a_run_file_with_its_architecture(bench, script, tmp_path, request):
+    cases = request.getfixturevalue(script).CASES
+    for name, case in cases.items():
         folder = tmp_path / name
         folder.mkdir()
         config = load(bench.write_case(case, folder))

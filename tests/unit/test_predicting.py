@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
+from aullm_dist.evaluation.answers import Answers
+from aullm_dist.prediction.report import Predictions, render_csv, render_json, render_text, scores
 from aullm_dist.release.origin import Thresholds
-from aullm_dist.release.predict_report import Predictions, render_csv, render_json, render_text, scores
 from aullm_dist.release.predicting import decide, threshold_array
-from aullm_dist.training.heldout import Answers
 
 AUS = (4, 12)
 

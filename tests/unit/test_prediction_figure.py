@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from aullm_dist.facs import AU_NAMES
-from aullm_dist.figures.prediction import PredictionPicture, draw_prediction, render_prediction
+from aullm_dist.figures.prediction import PredictionPicture, draw_prediction, render_parts, render_prediction
 from aullm_dist.figures.style import BLUE
 from aullm_dist.model.relations import build_relations
 
@@ -69,6 +69,14 @@ def test_what_a_model_does_not_have_is_left_out(picture):
     titles = [ax.get_title() for ax in axes_of(bare)]
     assert "Where the evidence was taken" not in titles
     assert "What the AUs tell each other" not in titles
+
+
+def test_maps_stand_alone_for_a_page(picture):
+    parts = render_parts(picture)
+    assert list(parts) == ["change", "evidence", "graph"]
+    assert all(b"<svg" in svg for svg in parts.values())
+    bare = dataclasses.replace(picture, grid=None, evidence=None, edges=(), strengths=None)
+    assert list(render_parts(bare)) == ["change"]
 
 
 def test_noise_is_not_coloured_as_movement(picture):

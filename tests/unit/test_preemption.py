@@ -11,13 +11,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from aullm_dist.config import load
-from aullm_dist.signals import StopSignals
-from aullm_dist.slurm import Job
-from aullm_dist.training import life as life_module
-from aullm_dist.training import preemption
-from aullm_dist.training.job import JobRecord, is_preempted, read_record
-from aullm_dist.training.life import Life
-from aullm_dist.training.preemption import EXCHANGE_SECONDS, Agreement, Preempted
+from aullm_dist.runs import lifecycle as life_module
+from aullm_dist.runs.job import JobRecord, is_preempted, read_record
+from aullm_dist.runs.lifecycle import Life
+from aullm_dist.runtime import preemption
+from aullm_dist.runtime.preemption import EXCHANGE_SECONDS, Agreement, Preempted
+from aullm_dist.runtime.signals import StopSignals, interrupted_later
+from aullm_dist.runtime.slurm import Job
 
 
 class Group:
@@ -110,6 +110,21 @@ def test_signals_are_noted_and_then_left_alone():
     finally:
         signals.close()
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_an_interrupt_waits_for_the_end_of_a_region():
+    reached = []
+
+    def interrupted():
+        with interrupted_later():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            reached.append("end")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert reached == ["end"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.fixture

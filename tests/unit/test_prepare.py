@@ -10,12 +10,12 @@ from corpus_fixtures import CASME2_HEADER, CASME2_ROWS, casme2_row, make_casme2,
 from datasets import List, Value
 from PIL import Image
 
-from aullm_dist.data import prepare as prepare_module
+from aullm_dist.commands import prepare as prepare_command
 from aullm_dist.data.crops import get_crop
 from aullm_dist.data.frames import load_clip
-from aullm_dist.data.prepare import prepare
-from aullm_dist.data.prepare_cli import add_prepare_arguments, run_prepare
-from aullm_dist.data.prepare_report import render_report
+from aullm_dist.data.preparation import prepare as prepare_module
+from aullm_dist.data.preparation.prepare import PrepareOptions, prepare
+from aullm_dist.data.preparation.report import render_report
 from aullm_dist.errors import UserError
 
 TEXT, INTEGER, INTEGERS = Value("string"), Value("int32"), List(Value("int32"))
@@ -38,7 +38,9 @@ COLUMNS = {
 
 
 def run(root: Path, corpus: str = "casme2", **options):
-    return prepare(corpus, root, root.parent / "out", **{"size": 16, "num_workers": 1, **options})
+    progress = options.pop("progress", None)
+    chosen = PrepareOptions(**{"size": 16, "num_workers": 1, **options})
+    return prepare(corpus, root, root.parent / "out", chosen, progress)
 
 
 def arrays(row):
@@ -167,7 +169,9 @@ def test_bad_input_is_repaired_or_skipped_by_name(release, breaks, parts, kept):
     told = [f"{entry['where']} {entry['what']}" for entry in report["repairs" if kept else "skips"]]
     assert any(all(part in text for part in parts) for text in told), told
 
-    skipped = prepare("casme2", release, release.parent / "skip", size=16, num_workers=1, bad_clips="skip")
+    skipped = prepare(
+        "casme2", release, release.parent / "skip", PrepareOptions(size=16, num_workers=1, bad_clips="skip")
+    )
     assert skipped["num_clips"] == 3
     told = [f"{entry['where']} {entry['what']}" for entry in skipped["skips"]]
     assert any(all(part in text for part in parts) for text in told), told
@@ -284,12 +288,12 @@ def test_a_work_folder_with_other_files_is_refused_and_kept(release):
 
 def test_command_line(release, capsys):
     parser = argparse.ArgumentParser()
-    add_prepare_arguments(parser)
+    prepare_command.add_arguments(parser)
     out = release.parent / "cli"
     args = parser.parse_args(["casme2", "--root", str(release), "--out", str(out), "--size", "16", "--workers", "1"])
-    assert run_prepare(args) == 0
+    assert prepare_command.run(args) == 0
     assert "CASME II: 4 clips" in capsys.readouterr().out
-    assert run_prepare(args) == 0
+    assert prepare_command.run(args) == 0
     assert "already prepared" in capsys.readouterr().out
 
 
@@ -336,5 +340,5 @@ def test_frames_of_more_than_8_bits_are_refused(tmp_path):
 def test_nothing_is_written_into_the_release(release):
     before = sorted(release.rglob("*"))
     with pytest.raises(UserError, match="lies inside --root"):
-        prepare("casme2", release, release / "prepared", size=16)
+        prepare("casme2", release, release / "prepared", PrepareOptions(size=16))
     assert before == sorted(release.rglob("*"))

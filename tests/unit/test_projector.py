@@ -32,7 +32,7 @@ def test_regions_are_thirds_of_the_face_at_all_times():
 def test_the_token_has_the_scale_of_the_embeddings(evidence):
     projector = make_projector(evidence=evidence)
     cells, high = inputs()
-    token = projector(cells, high)
+    token = projector(cells, high).token
     assert token.shape == (2, 32)
     torch.testing.assert_close(token.square().mean(1).sqrt(), torch.full((2,), 0.02), rtol=1e-2, atol=0)
     (token * torch.randn(2, 32)).sum().backward()
@@ -41,7 +41,7 @@ def test_the_token_has_the_scale_of_the_embeddings(evidence):
     assert (cells.grad is None) == (evidence == "high_only")
     assert (high.grad is None) == (evidence == "mid_only")
     heads = 3 if evidence in ("full", "mid_only") else 0
-    _, attention = projector(cells, high, return_attention=True)
+    attention = projector(cells, high, return_attention=True).attention
     assert attention.shape == (2, heads, 162)
     torch.testing.assert_close(attention.sum(-1), torch.ones(2, heads))
 
@@ -50,13 +50,15 @@ def test_full_evidence_reads_where_a_cell_lies():
     projector = make_projector().eval()
     cells, high = inputs()
     grid = cells.detach().unflatten(1, (2, 9, 9))
-    assert not torch.allclose(projector(grid.flip(2).flatten(1, 3), high), projector(cells, high), atol=1e-4)
+    assert not torch.allclose(
+        projector(grid.flip(2).flatten(1, 3), high).token, projector(cells, high).token, atol=1e-4
+    )
 
 
 def test_the_summary_decides_where_the_heads_look():
     projector = make_projector()
     cells, high = inputs()
-    _, looks = projector(cells[:1].expand(2, -1, -1), high, return_attention=True)
+    looks = projector(cells[:1].expand(2, -1, -1), high, return_attention=True).attention
     assert not torch.allclose(looks[0], looks[1], atol=1e-3)
     assert not torch.allclose(looks[0, 0], looks[0, 1], atol=1e-3)
 

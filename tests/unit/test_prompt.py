@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from aullm_dist.data.corpora import CORPORA
 from aullm_dist.errors import UserError
-from aullm_dist.facs import AU_SETS
+from aullm_dist.facs import CROSS_AUS
 from aullm_dist.model.prompt import build_prompt
 
 
@@ -64,19 +65,19 @@ def test_without_structure_token_its_label_goes_too():
     assert prompt.suffix_tokens == 1 + len(prompt.question_ids)
 
 
-@pytest.mark.parametrize("corpus", sorted(AU_SETS))
-def test_suffix_is_short_and_prefix_holds_the_text(tiny_tokenizer, corpus):
-    prompt = build_prompt(AU_SETS[corpus], tiny_tokenizer)
+@pytest.mark.parametrize("aus", [*(spec.aus for spec in CORPORA.values()), CROSS_AUS])
+def test_suffix_is_short_and_prefix_holds_the_text(tiny_tokenizer, aus):
+    prompt = build_prompt(aus, tiny_tokenizer)
     assert prompt.suffix_tokens <= 16
     assert 60 <= prompt.prefix_tokens <= 180
     assert tiny_tokenizer.decode(prompt.prefix_ids[1:]) == prompt.text.split("<CT>")[0]
-    assert [tiny_tokenizer.decode(ids).split()[0] for ids in prompt.name_ids] == [f"AU{au}" for au in AU_SETS[corpus]]
+    assert [tiny_tokenizer.decode(ids).split()[0] for ids in prompt.name_ids] == [f"AU{au}" for au in aus]
 
 
 @pytest.fixture(scope="module")
 def tiny_tokenizer(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
-    from aullm_dist.model.tiny import build_tiny_backbone
+    from aullm_dist.llm.tiny import build_tiny_backbone
 
     folder = build_tiny_backbone(tmp_path_factory.mktemp("tiny") / "llama", hidden=32, layers=1, heads=2)
     return transformers.AutoTokenizer.from_pretrained(folder)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from aullm_dist.data.corpora import CORPORA
 from aullm_dist.data.protocols import (
-    CORPORA,
     FoldPlan,
     SampleInfo,
     au_vocabulary,
@@ -23,7 +23,6 @@ from aullm_dist.data.protocols import (
 )
 from aullm_dist.data.stratification import render_stratification, stratification
 from aullm_dist.errors import UserError
-from aullm_dist.facs import AU_SETS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -99,7 +98,7 @@ def every_corpus():
 @pytest.mark.parametrize(("source", "target"), list(permutations(CORPORA, 2)))
 def test_every_ordered_pair_shares_aus(source, target):
     shared = au_vocabulary([source, target], "cross")
-    assert set(shared) == set(AU_SETS[source]) & set(AU_SETS[target])
+    assert set(shared) == set(CORPORA[source].aus) & set(CORPORA[target].aus)
     (fold,) = make_folds(every_corpus(), "cross", train_corpora=[source], test_corpora=[target])
     assert {name.split("/")[0] for name in fold.train + fold.inner} == {source}
     assert {name.split("/")[0] for name in fold.test} == {target}
@@ -278,7 +277,7 @@ def test_select_fold_range():
 
 def test_read_folds_refuses_what_it_did_not_write(tmp_path):
     path = tmp_path / "folds.json"
-    with pytest.raises(UserError, match="not found"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_folds(path)
     path.write_text("{}")
     with pytest.raises(UserError, match="not a fold plan"):

@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_piecewise import assert_same
 from tiny_architectures import write_backbone
+from tiny_backbones import write_any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aullm_dist.cli import main
-from aullm_dist.model import quantize_base as module
-from aullm_dist.model.quantization import nf4_config
+from aullm_dist.errors import UserError
+from aullm_dist.llm.quantization import nf4_config
+from aullm_dist.llm.stored import quantize as module
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def refusal(base, out, capsys) -> str:
 def test_the_library_loads_what_it_would_quantise_itself(base, tmp_path, monkeypatch, name, tied, file_bytes):
     monkeypatch.setattr(module, "_FILE_BYTES", file_bytes)
     # Chunks that end inside a weight.
-    monkeypatch.setattr("aullm_dist.model.piecewise.WEIGHTS_AT_ONCE", 5 * 64)
+    monkeypatch.setattr("aullm_dist.llm.piecewise.WEIGHTS_AT_ONCE", 5 * 64)
     assert quantize(base(name), tmp_path / "out") == 0
     expected = AutoModelForCausalLM.from_pretrained(
         base(name), dtype=torch.bfloat16, quantization_config=nf4_config(torch.bfloat16)
@@ -96,15 +98,19 @@ def test_what_cannot_be_quantised(base, tmp_path, capsys):
     short = tmp_path / "short"
     shutil.copytree(base("llama"), short)
     tensors = load_file(short / "model.safetensors")
-    del tensors["lm_head.weight"]
+    head = tensors.pop("lm_head.weight")
     save_file(tensors, short / "model.safetensors")
-    assert "first lm_head.weight" in refusal(short, tmp_path / "twice", capsys)
+    assert quantize(short, tmp_path / "headless") == 0, "no command calls the head"
+    assert "lm_head.weight" not in load_file(tmp_path / "headless" / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors | {"lm_head.weight": head}, short / "model.safetensors")
+    assert "first model.norm.weight" in refusal(short, tmp_path / "twice", capsys)
     assert sorted(path.name for path in tmp_path.glob("*twice*")) == []
 
 
 def test_a_full_disk_is_told_before_anything_is_written(base, tmp_path, capsys, monkeypatch):
     usage = namedtuple("Usage", "free")
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: usage(10_000_000 if folder == tmp_path else 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10_000_000 if folder == tmp_path else 0))
     monkeypatch.setattr(module, "_STATE_BYTES", 2_000_000)
     line = refusal(base("llama"), tmp_path / "deep" / "out", capsys)
     assert "needs 0.03 GB" in line  # 14 layers of 2 MB
@@ -116,6 +122,14 @@ def test_nothing_is_left_of_a_run_that_fails(base, tmp_path, capsys, monkeypatch
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.shutil, "copyfile", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
     assert "No space left on device" in refusal(base("llama"), tmp_path / "out", capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_type_that_the_library_makes_another_of_once_it_is_quantised(tiny_llm, tmp_path):
+    """Llama 4's fused experts become layers of their own in whatever loads such a folder."""
+    write_any(tmp_path / "llm", "llama4_text", tiny_llm)
+    with pytest.raises(UserError, match=r"loads Llama4TextExperts \(model.layers.0.feed_forward.experts\)"):
+        module.quantize_base(tmp_path / "llm", tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()

@@ -14,7 +14,7 @@ from aullm_dist.evaluation.compare import compare_runs, seed_summary
 from aullm_dist.evaluation.evaluate import evaluate_run
 from aullm_dist.evaluation.metrics import f1_macro, probability_of
 from aullm_dist.evaluation.ranking import average_precision, calibration, weighted_ap, within_subject_auc
-from aullm_dist.training.predictions import prediction_path
+from aullm_dist.runs.paths import FoldPaths
 
 
 def draws(n=60, ties=True, seed=0):
@@ -182,4 +182,4 @@ def test_an_epoch_with_other_clips_is_refused(tmp_path):
     write_fold(tmp_path, 0, rows[0][:-1], epoch=1)
     with pytest.raises(UserError, match="answers other test clips"):
         evaluate_run(tmp_path, bootstrap=0, leaky=True)
-    assert prediction_path(tmp_path, 0, 1).exists()
+    assert FoldPaths(tmp_path, 0).predictions(1).exists()

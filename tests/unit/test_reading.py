@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from aullm_dist.data.crops import get_crop
-from aullm_dist.data.reading import clip_of_arrays, is_dataset, read_clip
+from aullm_dist.data.reading import clip_of_arrays, read_clip
+from aullm_dist.data.tables import is_dataset
 from aullm_dist.errors import UserError
 
 
@@ -99,8 +100,8 @@ def test_the_crop_sees_the_onset_frame_and_frames_outside_the_span_are_left_out(
         ("clip", {"onset": 15}, "clip: 1 frame from onset to offset; allowed: 2 or more"),
         ("unequal", {}, "img16.png: 20x10 pixels in a clip of 96x80"),
         ("damaged", {}, "img16.png: cannot be read as an image"),
-        ("text.mp4", {}, "text.mp4: cannot be read as a video; give one that FFmpeg decodes"),
-        ("cut.avi", {}, "cut.avi: cannot be read as a video"),
+        ("text.mp4", {}, "text.mp4: cannot be read as a video: it is a text file; allowed: AVI, MP4 and MOV"),
+        ("cut.avi", {}, "bytes shorter than it says: it was cut short"),
         ("clip", {"crop": "cascade"}, "clip: no face found in the onset frame; allowed: an upright face"),
     ],
 )
@@ -119,8 +120,9 @@ def test_bad_input_is_told_in_one_line(tmp_path, given, span, message):
     assert "\n" not in str(caught.value)
 
 
-def test_the_libraries_say_nothing_of_their_own_about_a_damaged_video(tmp_path):
-    (tmp_path / "text.mp4").write_text("no video")
+@pytest.mark.parametrize("content", [b"no video", b"\0\0\0\x18ftypisom" + bytes(500)])
+def test_the_libraries_say_nothing_of_their_own_about_a_damaged_video(tmp_path, content):
+    (tmp_path / "text.mp4").write_bytes(content)
     code = (
         "import sys; from aullm_dist.data.crops import get_crop; from aullm_dist.data.reading import read_clip\n"
         "try: read_clip(sys.argv[1], size=32, crop=get_crop('none'))\n"

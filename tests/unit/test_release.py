@@ -1,12 +1,13 @@
 """What a release folder holds, what its card says, and every way in which it is refused."""
 
+import datetime
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from release_samples import STEP, checkpoint, exported, llm, write_run  # noqa: F401
 from safetensors.torch import load_file
 
@@ -17,12 +18,14 @@ from aullm_dist.evaluation.evaluate import score_run
 from aullm_dist.evaluation.metrics import logit_of
 from aullm_dist.evaluation.thresholds import choose_thresholds
 from aullm_dist.release.card import CardFacts, card_text
+from aullm_dist.release.export import export
 from aullm_dist.release.facts import Scores, describe_base
-from aullm_dist.release.folder import export
+from aullm_dist.release.hub_results import eval_results_text
 from aullm_dist.release.layout import RELEASE_FILE
 from aullm_dist.release.origin import find_origin
 from aullm_dist.release.probe import probe_clips
-from aullm_dist.training.predictions import pool, prediction_path, read_predictions
+from aullm_dist.runs.paths import FoldPaths
+from aullm_dist.runs.predictions import pool, read_predictions
 
 
 def refused(capsys, *words: object) -> str:
@@ -39,12 +42,12 @@ def copy_of(release: Path, tmp_path: Path) -> Path:
 
 def test_only_safetensors_json_and_texts(exported):
     suffixes = {path.suffix for path in exported.rglob("*") if path.is_file()}
-    assert suffixes == {".safetensors", ".json", ".md", ".cff"}
+    assert suffixes == {".safetensors", ".json", ".md", ".cff", ".yaml"}
     assert len({path.stat().st_mode & 0o777 for path in exported.rglob("*.safetensors")}) == 1
 
 
 def test_thresholds_are_those_of_the_inner_subjects(checkpoint, exported, tmp_path):
-    rows = read_predictions(prediction_path(checkpoint.parents[2], 0, 2)).rows
+    rows = read_predictions(FoldPaths(checkpoint.parents[2], 0).predictions(2)).rows
     inner = pool(row for row in rows if row.role == "inner")
     expected = choose_thresholds(inner.labels, inner.logits)
     thresholds = aullm_dist.load(exported).thresholds
@@ -53,7 +56,7 @@ def test_thresholds_are_those_of_the_inner_subjects(checkpoint, exported, tmp_pa
     assert any(value != 0.5 for value in thresholds.values.values())
     # The answers of another step are another model's; a checkpoint outside its run has none.
     run = Path(shutil.copytree(checkpoint.parents[2], tmp_path / "run"))
-    path = prediction_path(run, 0, 2)
+    path = FoldPaths(run, 0).predictions(2)
     path.write_text(path.read_text().replace(f'"step": {STEP}', f'"step": {STEP + 1}'))
     for folder, reason in (
         (run / "fold-00", "no stored answers of step 10"),
@@ -86,6 +89,27 @@ def test_the_card_is_one_of_the_hub(exported, checkpoint):
     assert "95% CI of the mean" in card.text
     assert "Trained on drawn faces" in card.text
     assert "random weights" in card.text
+
+
+def test_the_scores_are_entries_of_the_hub(exported, checkpoint):
+    text = (exported / ".eval_results" / "aullm.yaml").read_text()
+    entries = parse_eval_result_entries(yaml.safe_load(text))
+    metrics = score_run(checkpoint.parents[2])
+    assert [entry.task_id for entry in entries] == ["f1_binary", "f1_macro", "auc"]
+    for entry in entries:
+        assert entry.value == pytest.approx(metrics["mean"][entry.task_id], abs=1e-4)
+        assert entry.dataset_id == "casme2"
+        assert datetime.date.fromisoformat(entry.date) <= datetime.date.today() + datetime.timedelta(days=1)
+        assert "drawn faces in the layout of CASME II" in entry.notes
+        assert "95% CI" in entry.notes
+    # The same numbers as the card's, which the Hub calls legacy.
+    card = ModelCard.load(exported / "README.md")
+    assert [result.metric_value for result in card.data.eval_results] == [entry.value for entry in entries]
+    told = eval_results_text(metrics, False, benchmark="org/casme2", date=datetime.date(2026, 11, 1), others=True)
+    for entry in parse_eval_result_entries(yaml.safe_load(told)):
+        assert (entry.dataset_id, entry.date) == ("org/casme2", "2026-11-01")
+        assert "drawn" not in entry.notes
+        assert entry.notes.endswith("scores of the models of another run")
 
 
 def test_a_base_of_the_hub_is_named_with_its_licence(checkpoint, tmp_path):
@@ -124,7 +148,7 @@ def test_the_citation_is_in_the_citation_file_format(exported):
 
 def test_no_path_of_this_machine_but_the_base(exported, llm, tiny_dataset, checkpoint):
     for path in exported.rglob("*"):
-        if path.suffix in (".json", ".md", ".cff"):
+        if path.suffix in (".json", ".md", ".cff", ".yaml"):
             text = path.read_text().replace(str(llm), "")
             for private in (tiny_dataset, checkpoint, Path.home() / ".cache"):
                 assert str(private) not in text, path
@@ -188,8 +212,13 @@ def test_a_damaged_release_is_refused(exported, tmp_path, capsys, damage, name, 
 def test_a_card_may_be_corrected_but_is_then_not_the_exported_one(exported, tmp_path, capsys):
     folder = copy_of(exported, tmp_path)
     (folder / "README.md").write_text("better words")
+    (folder / ".eval_results" / "aullm.yaml").write_text("[]")
     assert aullm_dist.load(folder).format == "adapter"
-    assert "README.md" in refused(capsys, "release", "verify", folder)
+    for name in ("aullm.yaml", "README.md"):
+        assert name in refused(capsys, "release", "verify", folder)
+        # The first that differs is named; it takes its place in the folder again.
+        original = next(exported.rglob(name))
+        shutil.copyfile(original, folder / original.relative_to(exported))
 
 
 def test_a_taken_folder_stays_as_it_is(checkpoint, tmp_path):

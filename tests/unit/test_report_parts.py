@@ -15,13 +15,13 @@ from aullm_dist.figures.embedding import draw_embedding
 from aullm_dist.figures.relations import draw_relations
 from aullm_dist.figures.style import new_figure
 from aullm_dist.model.relations import build_relations
+from aullm_dist.monitoring.writer import LOSS, Monitor
+from aullm_dist.prediction.explain import ExplainedClips
 from aullm_dist.report.domain_gap import domain_gap, embed
 from aullm_dist.report.page import Part, write_page
 from aullm_dist.report.reasons import choose_clips
 from aullm_dist.report.sections import Gallery, Listing, Picture, Section, attempted
 from aullm_dist.report.training_curves import read_scalars
-from aullm_dist.training.explain import Explained
-from aullm_dist.training.monitor import Monitor
 
 
 def clips_of(subjects=6, clips=5, corpora=("casme2", "samm")):
@@ -84,10 +84,11 @@ def test_the_embedding_is_seeded_and_keeps_clusters_together(monkeypatch):
 
 
 def test_scalars_of_a_resumed_fold_are_read_once_per_step(tmp_path):
-    for first, value in ((None, 1.0), (3, 5.0)):
+    # Older versions wrote the group in small letters; a run may have been resumed by a newer one.
+    for group, first, value in (("loss", None, 1.0), (LOSS, 3, 5.0)):
         monitor = Monitor(tmp_path, True, first)
         for step in range(first or 1, 5):
-            monitor.scalars("loss", {"loss": value}, step)
+            monitor.scalars(group, {"loss": value}, step)
         monitor.close()
     steps, values = read_scalars(tmp_path)["loss/loss"]
     assert steps.tolist() == [1, 2, 3, 4]
@@ -112,7 +113,7 @@ def test_example_clips_are_test_clips_of_different_people():
     names = tuple(f"{subject}/{index}" for index, subject in enumerate(subjects))
     labels = np.zeros((12, 2))
     labels[[0, 1, 3, 6, 9]] = 1
-    clips = Explained(None, (1, 4), names, tuple(subjects), ("samm",) * 12, labels, {}, None, (2, 9, 9), 6)
+    clips = ExplainedClips(None, (1, 4), names, tuple(subjects), ("samm",) * 12, labels, {}, None, (2, 9, 9), 6)
     fold = Fold(0, "x", names[9:], (), names[:9])
     chosen = choose_clips(clips, fold, 3, seed=0)
     assert {subjects[index] for index in chosen} == {"samm/s0", "samm/s1", "samm/s2"}

@@ -6,11 +6,12 @@ import sys
 
 import pytest
 
-from aullm_dist import cli, slurm
+from aullm_dist import cli
 from aullm_dist.errors import UserError
-from aullm_dist.training import job as job_module
-from aullm_dist.training import lock as lock_module
-from aullm_dist.training.lock import RunLock, refuse_running
+from aullm_dist.runs import job as job_module
+from aullm_dist.runs import lock as lock_module
+from aullm_dist.runs.lock import RunLock, refuse_running
+from aullm_dist.runtime import slurm
 
 STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_NODEID": "1"}
 LAUNCHED = {**STEP, "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"}
@@ -46,7 +47,7 @@ def test_what_agrees_is_accepted(environment):
         ({"SLURM_NTASKS": "8"}, "one task per node"),
         ({"GROUP_RANK": "0"}, "node rank 0 on node 1"),
         ({"LOCAL_WORLD_SIZE": "3"}, "2 nodes with 3 each make 6"),
-        ({"WORLD_SIZE": None}, "srun started 2 tasks, but this process was told of no other"),
+        ({"WORLD_SIZE": None}, "srun started 2 tasks, but this process knows of no other"),
     ],
 )
 def test_what_contradicts_is_refused(changes, message):
@@ -57,7 +58,7 @@ def test_what_contradicts_is_refused(changes, message):
 
 HOLD = """
 import pathlib, sys
-from aullm_dist.training.lock import RunLock
+from aullm_dist.runs.lock import RunLock
 lock = RunLock(pathlib.Path(sys.argv[1]))
 lock.take([0])
 print("held", flush=True)

@@ -40,6 +40,23 @@ def test_autos_are_filled_in_from_the_run_file():
     assert load_strategy("ddp").resolved(TRAINING, processes=2) is None
 
 
+@pytest.mark.parametrize("name", [path.stem for path in sorted((configs_folder() / "deepspeed").glob("*.json"))])
+def test_deepspeed_times_nothing_for_which_the_host_waits(name):
+    """As DeepSpeed itself reads the configuration; its default is to synchronize around every pass."""
+    from deepspeed.utils.config import get_timers_config
+
+    config = load_strategy(name).resolved(TRAINING, processes=2)
+    assert not get_timers_config(config).enabled
+    assert not config.get("wall_clock_breakdown")
+
+
+def test_the_configuration_that_a_run_records_is_a_strategy(tmp_path):
+    recorded = load_strategy("zero2").resolved(TRAINING, processes=2)
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps(recorded))
+    assert load_strategy(str(path)).resolved(TRAINING, processes=2) == recorded
+
+
 def test_a_file_that_says_the_same_is_accepted(tmp_path):
     zero = {"stage": 3, "offload_param": {"device": "none"}, "zero_hpz_partition_size": 1, "mics_shard_size": -1}
     path = write(tmp_path, train_batch_size=16, gradient_clipping=1.0, bf16={"enabled": False}, zero_optimization=zero)
@@ -69,6 +86,7 @@ def test_a_file_that_contradicts_the_run_file(tmp_path, content, message):
         ({"torch_autocast": {"enabled": True}}, "training.precision"),
         ({"optimizer": {"type": "Adam"}}, "remove it"),
         ({"scheduler": {"type": "WarmupLR"}}, "remove it"),
+        ({"timers": {"throughput": {"enabled": True}}}, "section 'timers', but step times are the run's own"),
         ({"zero_optimization": {"stage": 0}}, "allowed: 1, 2 or 3"),
         ({"zero_optimization": {"stage": True}}, "allowed: 1, 2 or 3"),
         ({"zero_optimization": {}}, "allowed: 1, 2 or 3"),

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 
 from aullm_dist.data import tables
 from aullm_dist.data.clips import ClipStore, read_samples
-from aullm_dist.data.prepare import prepare
+from aullm_dist.data.order import BatchPlan
+from aullm_dist.data.preparation.prepare import PrepareOptions, prepare
 from aullm_dist.errors import UserError
 from aullm_dist.training.batches import ClipRecipe, collate
-from aullm_dist.training.order import BatchPlan
 from aullm_dist.training.streaming import StreamedBatches, stream_epoch
 
 NUM_CLIPS = 13
@@ -30,15 +30,20 @@ def folders(tmp_path_factory):
     before, tables.CLIPS_PER_FILE = tables.CLIPS_PER_FILE, 3
     try:
         for fmt in tables_formats():
-            prepare("casme2", release, root / fmt, size=16, num_workers=1, fmt=fmt)
-        prepare("samm", make_samm(root / "samm_release"), root / "samm", size=16, num_workers=1, fmt="parquet")
+            prepare("casme2", release, root / fmt, PrepareOptions(size=16, num_workers=1, fmt=fmt))
+        prepare(
+            "samm",
+            make_samm(root / "samm_release"),
+            root / "samm",
+            PrepareOptions(size=16, num_workers=1, fmt="parquet"),
+        )
     finally:
         tables.CLIPS_PER_FILE = before
     return root
 
 
 def tables_formats():
-    from aullm_dist.data.prepare import FORMATS
+    from aullm_dist.data.preparation.prepare import FORMATS
 
     return FORMATS
 

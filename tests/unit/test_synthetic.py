@@ -10,14 +10,14 @@ import openpyxl
 import pytest
 from PIL import Image
 
-from aullm_dist.data.corpora import read_corpus
-from aullm_dist.data.matching import plan_clips as plan_clips_on_disk
-from aullm_dist.data.synthetic import CORPORA, DAMAGES, SPEC_FILE, Movement, SyntheticSpec, plan_clips, write_corpus
+from aullm_dist.data.corpora import CORPORA, read_corpus
+from aullm_dist.data.corpora.drawn import ClipPlan
+from aullm_dist.data.corpora.samm import _intensity_letter
+from aullm_dist.data.preparation.matching import plan_clips as plan_clips_on_disk
+from aullm_dist.data.synthetic import DAMAGES, SPEC_FILE, Movement, SyntheticSpec, plan_clips, write_corpus
 from aullm_dist.data.synthetic.faces import Subject
-from aullm_dist.data.synthetic.labels import COMBINATIONS, ClipPlan, combination_weights
-from aullm_dist.data.synthetic.releases import _intensity_letter
+from aullm_dist.data.synthetic.labels import combination_weights
 from aullm_dist.errors import UserError
-from aullm_dist.facs import AU_SETS
 
 
 def small(corpus: str, **changes: object) -> SyntheticSpec:
@@ -328,7 +328,7 @@ def test_unilateral_labels_move_one_side():
 @pytest.mark.parametrize("corpus", CORPORA)
 def test_every_au_can_be_drawn(corpus):
     subject = Subject(small(corpus), 0)
-    for au in sorted({au for combination in COMBINATIONS[corpus] for au in combination}):
+    for au in sorted({au for combination in CORPORA[corpus].synthetic.combinations for au in combination}):
         frames = subject.render(clip_of(au))
         assert frames.shape == (9, 48, 40)
 
@@ -353,26 +353,26 @@ def test_every_au_of_the_set_has_several_subjects(corpus):
             clips = plan_clips(
                 SyntheticSpec(corpus=corpus, seed=seed, balance=balance, subjects=8, clips_per_subject=8)
             )
-            for au in AU_SETS[corpus]:
+            for au in CORPORA[corpus].aus:
                 assert len({clip.subject for clip in clips if au in clip.active_aus}) >= 2
 
 
 def test_proportions_follow_the_field_or_are_flat():
     weights = combination_weights("casme2", 0.0)
-    frequency = {au: sum(w for c, w in weights.items() if au in c) for au in AU_SETS["casme2"]}
+    frequency = {au: sum(w for c, w in weights.items() if au in c) for au in CORPORA["casme2"].aus}
     # CASME II positives of 256 clips, as counted by the field's harness.
     published = {1: 26, 2: 22, 4: 130, 7: 39, 12: 34, 14: 27, 15: 16, 17: 25}
     assert all(abs(frequency[au] - count / 256) < 0.02 for au, count in published.items())
     for corpus in CORPORA:
         flat = combination_weights(corpus, 1.0)
-        frequencies = [sum(w for c, w in flat.items() if au in c) for au in AU_SETS[corpus]]
+        frequencies = [sum(w for c, w in flat.items() if au in c) for au in CORPORA[corpus].aus]
         assert max(frequencies) < 1.05 * min(frequencies)
         assert sum(flat.values()) == pytest.approx(1.0)
 
 
 def test_labels_are_independent_of_the_subject():
     clips = plan_clips(SyntheticSpec(corpus="casme2", subjects=60, clips_per_subject=40, balance=1.0))
-    for au in AU_SETS["casme2"]:
+    for au in CORPORA["casme2"].aus:
         counts = Counter(clip.subject for clip in clips if au in clip.active_aus)
         rate = counts.total() / len(clips)
         chi2 = sum((counts[s] - 40 * rate) ** 2 for s in range(60)) / (40 * rate * (1.0 - rate))

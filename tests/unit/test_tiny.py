@@ -7,12 +7,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from aullm_dist.config.schema import ModelConfig
+from aullm_dist.data.corpora import CORPORA
 from aullm_dist.errors import UserError
-from aullm_dist.facs import AU_SETS
-from aullm_dist.model.llm import load_backbone
-from aullm_dist.model.packing import MASK_RECIPES, decoder_of
+from aullm_dist.llm.backbone import BackboneOptions, load_backbone
+from aullm_dist.llm.tiny import ARCHITECTURES, WINDOW, build_tiny_backbone
 from aullm_dist.model.prompt import build_prompt
-from aullm_dist.model.tiny import ARCHITECTURES, WINDOW, build_tiny_backbone
+from aullm_dist.packing.forward import decoder_of
+from aullm_dist.packing.masks import MASK_RECIPES
 
 SIZES = {"hidden": 32, "layers": 2, "heads": 2}
 SLIDING = {"mistral": [True, True], "gemma2": [True, False], "gemma3": [True, False]}
@@ -57,13 +58,13 @@ def test_deterministic_and_reused(folders, tmp_path, architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_loads_like_any_other_backbone(folders, architecture):
-    backbone = load_backbone(folders[architecture], lora_rank=2)
+    backbone = load_backbone(folders[architecture], BackboneOptions(lora_rank=2))
     assert decoder_of(backbone.model).config.hidden_size == 32
     tokenizer = AutoTokenizer.from_pretrained(folders[architecture])
     begins_with_bos = tokenizer("AU1").input_ids[0] == tokenizer.convert_tokens_to_ids("<s>")
     assert begins_with_bos == (architecture not in ("qwen2", "qwen3"))
     # Otherwise the windows would have nothing to hide.
-    assert build_prompt(AU_SETS["casme2"], tokenizer).prefix_tokens > 2 * WINDOW
+    assert build_prompt(CORPORA["casme2"].aus, tokenizer).prefix_tokens > 2 * WINDOW
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

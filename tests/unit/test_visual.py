@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from aullm_dist.data.views import view_channels
 from aullm_dist.errors import UserError
 from aullm_dist.model.visual import Led, LedCnn, VisualBackbone, cell_grid_of, conv_and_pool
 
@@ -77,11 +78,13 @@ def test_led_keeps_full_precision_under_autocast():
 )
 def test_the_cell_grid_follows_from_the_clip(num_frames, image_size, grid):
     assert cell_grid_of(num_frames, image_size) == grid
-    visual = VisualBackbone(num_frames, image_size, feature_dim=16).eval()
-    cells, high = visual(torch.rand(2, num_frames, image_size, image_size))
-    assert cells.shape == (2, visual.num_cells, visual.cell_dim)
-    assert high.shape == (2, 16)
-    assert visual.cell_grid == grid
+    for stream in ("led", "flow", "both"):
+        visual = VisualBackbone(num_frames, image_size, feature_dim=16, visual=stream).eval()
+        cells, high = visual(torch.rand(2, *visual.input_shape))
+        assert visual.input_shape[0] == view_channels(stream, num_frames)
+        assert cells.shape == (2, visual.num_cells, visual.cell_dim)
+        assert high.shape == (2, 16)
+        assert visual.cell_grid == grid
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (16, 23)])
@@ -112,9 +115,10 @@ def test_cells_lie_in_the_order_of_the_grid():
     assert difference.sum((0, 1))[0].max() < difference.sum((0, 1))[8, 0]
 
 
-def test_a_clip_is_computed_alone():
-    visual = VisualBackbone(feature_dim=16).eval()
-    clips = torch.rand(3, 6, 64, 64)
+@pytest.mark.parametrize("stream", ["led", "flow", "both"])
+def test_a_clip_is_computed_alone(stream):
+    visual = VisualBackbone(feature_dim=16, visual=stream).eval()
+    clips = torch.rand(3, *visual.input_shape)
     with torch.no_grad():
         together, alone = visual(clips), visual(clips[1:2])
     for whole, part in zip(together, alone, strict=True):
@@ -129,16 +133,37 @@ def test_all_still_clips_look_alike_whatever_face_they_show():
     assert torch.isfinite(high).all()
 
 
-def test_every_parameter_of_the_baseline_learns():
-    network = LedCnn(3)
-    logits = network(torch.rand(2, 6, 64, 64))
+@pytest.mark.parametrize("stream", ["led", "flow", "both"])
+def test_every_parameter_of_the_baseline_learns(stream):
+    network = LedCnn(3, visual=stream)
+    logits = network(torch.rand(2, *network.visual.input_shape))
     assert logits.shape == (2, 3)
     torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.ones(2, 3)).backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().sum() > 0, name
-    assert {name.split(".")[1] for name, _ in network.visual.named_parameters(prefix="visual")} >= {"led"}
+    parts = {name.split(".")[0] for name, _ in network.visual.named_parameters()}
+    assert ("led" in parts, "flow" in parts) == (stream != "flow", stream != "led")
+
+
+def test_flow_cells_lie_where_the_movement_is():
+    visual = VisualBackbone(feature_dim=16, visual="flow").eval()
+    still = torch.zeros(1, 5, 2, 64, 64)
+    moving = still.clone()
+    moving[:, 2, 0, 56:, :8] = 0.3
+    with torch.no_grad():
+        cells = [visual(maps.flatten(1, 2))[0] for maps in (moving, still)]
+    difference = (cells[0] - cells[1]).abs().sum(-1).unflatten(1, visual.cell_grid)
+    # Below: the only frame with movement lies in both windows over time.
+    assert (difference[0, :, 8, 0] > 0).all()
+    assert difference.sum((0, 1)).argmax().item() == 8 * 9
+
+
+def test_displacements_count_as_shares_of_the_face():
+    """A face of twice the pixels moves by twice the pixels: the network is given the same numbers."""
+    small, large = (VisualBackbone(6, side, feature_dim=16, visual="flow").flow.gain for side in (64, 128))
+    assert 2 * large == small
 
 
 def test_wrong_clips_are_refused():
@@ -146,5 +171,5 @@ def test_wrong_clips_are_refused():
         VisualBackbone(3, 64)
     with pytest.raises(UserError, match="6 frames of 15 pixels"):
         VisualBackbone(6, 15)
-    with pytest.raises(ValueError, match=r"clips is \[2, 5, 64, 64\], allowed is \[V, 6, 64, 64\]"):
+    with pytest.raises(ValueError, match=r"views is \[2, 5, 64, 64\], allowed is \[V, 6, 64, 64\]"):
         VisualBackbone()(torch.rand(2, 5, 64, 64))

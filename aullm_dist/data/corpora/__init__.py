@@ -1,30 +1,36 @@
-"""Readers of the licensed corpora, by the names used on the command line."""
+"""Reads the licensed corpora, by the names used on the command line.
 
-import difflib
+Each corpus is one module with a `SPEC`, and the modules are listed here; other packages add theirs (`registry`).
+"""
+
 from pathlib import Path
 
 from aullm_dist.data.corpora import casme, casme2, casme3a, casme3c, fourdme, mmew, samm
 from aullm_dist.data.corpora.base import read_with
-from aullm_dist.data.corpora.spec import BadRows, ClipRecord, CorpusIndex, CorpusSpec, Note
-from aullm_dist.errors import UserError
+from aullm_dist.data.corpora.drawn import SyntheticFacts
+from aullm_dist.data.corpora.registry import CORPORA, corpus_names, find_corpus, get_corpus, get_drawable, register
+from aullm_dist.data.corpora.spec import BadRows, ClipRecord, Columns, CorpusIndex, CorpusSpec, Note, Provenance
+from aullm_dist.errors import file_errors
 
-__all__ = ["CORPORA", "ClipRecord", "CorpusIndex", "CorpusSpec", "Note", "get_corpus", "read_corpus"]
+__all__ = [
+    "CORPORA",
+    "ClipRecord",
+    "Columns",
+    "CorpusIndex",
+    "CorpusSpec",
+    "Note",
+    "Provenance",
+    "SyntheticFacts",
+    "corpus_names",
+    "find_corpus",
+    "get_corpus",
+    "get_drawable",
+    "read_corpus",
+    "register",
+]
 
-_MODULES = (casme, casme2, samm, fourdme, mmew, casme3a, casme3c)
-CORPORA: dict[str, CorpusSpec] = {module.SPEC.name: module.SPEC for module in _MODULES}
-
-
-def get_corpus(name: str) -> CorpusSpec:
-    """Return the corpus called `name`.
-
-    Raises:
-        UserError: There is none; the nearest name is given.
-    """
-    if name in CORPORA:
-        return CORPORA[name]
-    near = difflib.get_close_matches(name, CORPORA, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    raise UserError(f"corpus {name!r} is not known{hint}; allowed: {', '.join(CORPORA)}")
+for _module in (casme, casme2, samm, fourdme, mmew, casme3a, casme3c):
+    register(_module.SPEC)
 
 
 def read_corpus(
@@ -35,4 +41,5 @@ def read_corpus(
     Raises:
         UserError: The name is not known, or the release cannot be read.
     """
-    return read_with(get_corpus(name), root, bad_rows=bad_rows, errata=errata)
+    with file_errors(str(root)):
+        return read_with(get_corpus(name), root, bad_rows=bad_rows, errata=errata)

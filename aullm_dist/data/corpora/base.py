@@ -1,4 +1,4 @@
-"""What all corpora share: from a release on disk to an index of clips, with every repair and every skip told.
+"""Reads a release on disk into an index of clips, and reports every repair and every skip.
 
 A corpus describes itself as data (`spec.CorpusSpec`). Finding and listing folders is in `layout.py`, published
 corrections are in `errata.py`; no image is opened here.
@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aullm_dist.data.annotations import Annotation, has_alternatives, parse_aus
+from aullm_dist.data.corpora.choice import choose_table
 from aullm_dist.data.corpora.errata import apply_frozen, apply_published, read_frozen
-from aullm_dist.data.corpora.layout import FolderTree, find_frames_root, require_folder, search_folders
+from aullm_dist.data.corpora.layout import FolderTree, find_frames_root, require_folder
 from aullm_dist.data.corpora.spec import (
     BadRows,
     ClipRecord,
-    Columns,
     CorpusIndex,
     CorpusSpec,
     Note,
@@ -24,14 +24,17 @@ from aullm_dist.data.corpora.spec import (
     Noter,
     RawClip,
     Reading,
+    SheetColumns,
 )
-from aullm_dist.data.workbook import Row, Table, cell_text, column_key, find_workbooks, read_table
+from aullm_dist.data.sheets import Defect, Merged, Row, Table, cell_text, column_key, column_letter
 from aullm_dist.errors import UserError
 
 __all__ = ["read_with"]
 
 _EMOTIONS = {"comtempt": "contempt", "other": "others", "other(s)": "others"}
 _LISTED = 3
+_MAY_BE_MERGED = ("subject", "emotion")
+"""A label or a frame number that is shown once for several rows may be meant for one of them alone."""
 
 
 def read_with(
@@ -52,10 +55,11 @@ def read_with(
     root = require_folder(root, spec.title)
     frozen = None if errata is None else read_frozen(Path(errata), spec.name)
     notes: list[Note] = []
-    table = _find_table(spec, root, notes)
+    table = choose_table(spec, root, notes)
     columns = spec.columns.in_table(table)
     rows = _rows_that_count(spec, table, notes)
     clips = [_raw_clip(spec, columns, table, row) for row in rows]
+    _refuse_slipped_emotions(columns, clips)
 
     def note(kind: NoteKind, clip: RawClip, text: str) -> None:
         notes.append(Note(kind, f"{spec.name}/{clip.name} (row {clip.row.number})", text))
@@ -81,40 +85,6 @@ def read_with(
     )
 
 
-def _find_table(spec: CorpusSpec, root: Path, notes: list[Note]) -> Table:
-    """Read the workbook of this corpus; of several releases side by side the last by name wins, and that is noted.
-
-    Corpora may share column names: a sheet most of whose clips are called as this corpus calls them goes first.
-    """
-    files = find_workbooks(search_folders(root, spec.frame_folders))
-    tables, first_error = [], None
-    for file in files:
-        try:
-            tables.append(read_table(file, spec.columns.required(), corpus=spec.title))
-        except UserError as error:
-            first_error = first_error or error
-    if not tables:
-        assert first_error is not None
-        raise first_error
-
-    def rank(table: Table) -> tuple[bool, bool, str]:
-        columns = spec.columns.in_table(table)
-        texts = [(cell_text(row[columns.subject]), cell_text(row[columns.clip])) for row in table.rows]
-        named = [spec.subject_of(*both) is not None and re.match(spec.clip_like, both[1]) for both in texts]
-        ours = sum(map(bool, named)) * 2 > len(named)
-        # A sheet of more than these rows lists other things too; the sheet of these rows alone goes first.
-        alone = spec.rows_with is None or column_key(spec.rows_with[0]) not in map(column_key, table.columns)
-        return ours, alone, table.file.name.casefold()
-
-    chosen = max(tables, key=rank)
-    for table in tables:
-        if table is not chosen:
-            notes.append(
-                Note("noted", str(table.file), f"not used: {chosen.file.name} is read; move it away to use it")
-            )
-    return chosen
-
-
 def _rows_that_count(spec: CorpusSpec, table: Table, notes: list[Note]) -> list[Row]:
     if spec.rows_with is None or column_key(spec.rows_with[0]) not in map(column_key, table.columns):
         return list(table.rows)
@@ -126,9 +96,9 @@ def _rows_that_count(spec: CorpusSpec, table: Table, notes: list[Note]) -> list[
     return kept
 
 
-def _raw_clip(spec: CorpusSpec, columns: Columns, table: Table, row: Row) -> RawClip:
+def _raw_clip(spec: CorpusSpec, columns: SheetColumns, table: Table, row: Row) -> RawClip:
     where = f"{table.file} row {row.number}"
-    problems = []
+    problems = _cell_problems(columns, table, row)
     subject_text, clip_text = cell_text(row[columns.subject]), cell_text(row[columns.clip])
     subject, clip = spec.subject_of(subject_text, clip_text), spec.clip_of(clip_text)
     if clip is None:
@@ -136,7 +106,7 @@ def _raw_clip(spec: CorpusSpec, columns: Columns, table: Table, row: Row) -> Raw
     if subject is None:
         column, text = (columns.clip, clip_text) if spec.subject_in_clip else (columns.subject, subject_text)
         problems.append(f"column {column}: {text!r:.60}; allowed: {spec.subject_form}")
-    frames = []
+    frames: list[int | None] = []
     for column in (columns.onset, columns.apex, columns.offset):
         number, problem = _frame_number(row[column])
         frames.append(number)
@@ -146,7 +116,44 @@ def _raw_clip(spec: CorpusSpec, columns: Columns, table: Table, row: Row) -> Raw
     name = spec.key.format(subject=subject, clip=clip, onset="?" if frames[0] is None else frames[0])
     emotion = _emotion(row[columns.emotion])
     problem = problems[0] if problems else None
-    return RawClip(row, where, name, subject, clip, *frames, row[columns.aus], emotion, folder=None, problem=problem)
+    onset, apex, offset = frames
+    return RawClip(
+        row, where, name, subject, clip, onset, apex, offset, row[columns.aus], emotion, folder=None, problem=problem
+    )
+
+
+def _cell_problems(columns: SheetColumns, table: Table, row: Row) -> list[str]:
+    """Say which cells of a row bear content that cannot be used; no part of a row is read without the rest."""
+    problems = [row.problem] if row.problem else []
+    for role in SheetColumns.__slots__:
+        column = getattr(columns, role)
+        if not column:
+            continue
+        cell = row[column]
+        if column_key(column) not in row.cells:
+            problems.append(f"column {column}: the row ends before it; was the file copied in full?")
+        elif (
+            isinstance(cell, Merged) and (cell.value is None or role not in _MAY_BE_MERGED) or isinstance(cell, Defect)
+        ):
+            problems.append(f"column {column}: {cell.reason}")
+    place = table.positions[column_key(columns.aus)] + 1
+    while place in row.unnamed:
+        if re.search("[0-9]", row.unnamed[place]):
+            letter = column_letter(place)
+            text = f"column {letter}, which has no name, holds {row.unnamed[place]!r:.60}"
+            problems.append(f"column {columns.aus}: {text}, next to the AUs; allowed: all AUs in one cell")
+        place += 1
+    return problems
+
+
+def _refuse_slipped_emotions(columns: SheetColumns, clips: Sequence[RawClip]) -> None:
+    """Refuse rows whose emotion is a number, in a sheet of words: an AU cell has spread into it."""
+    numbers = [clip for clip in clips if re.match("[A-Za-z]{0,3}[0-9]", clip.emotion)]
+    if 2 * len(numbers) >= sum(bool(clip.emotion) for clip in clips):
+        return
+    for clip in numbers:
+        text = f"column {columns.emotion}: {clip.emotion!r:.60}; allowed: a word, as in the other rows"
+        clip.problem = clip.problem or f"{text}: has an AU cell spread over two?"
 
 
 def _frame_number(cell: object) -> tuple[int | None, str | None]:
@@ -203,11 +210,12 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
-def _note_columns(spec: CorpusSpec, columns: Columns, table: Table, notes: list[Note]) -> None:
-    used = {column_key(getattr(columns, name)) for name in Columns.__slots__} - {""}
-    extra = [name for name in table.columns if column_key(name) not in used]
+def _note_columns(spec: CorpusSpec, columns: SheetColumns, table: Table, notes: list[Note]) -> None:
+    used = {column_key(getattr(columns, name)) for name in SheetColumns.__slots__} - {""}
+    extra = [" ".join(name.split()) for name in table.columns if column_key(name) not in used]
     if extra:
         notes.append(Note("noted", str(table.file), f"columns not read: {', '.join(extra)}"))
+    notes += [Note("noted", str(table.file), text) for text in table.notes]
 
 
 @dataclass(slots=True)
@@ -215,7 +223,7 @@ class _Finished:
     """Turns corrected rows into records, and remembers which clips there are already."""
 
     spec: CorpusSpec
-    columns: Columns
+    columns: SheetColumns
     note: Noter
     records: list[ClipRecord] = field(default_factory=list)
     readings: list[Reading] = field(default_factory=list)
@@ -281,11 +289,14 @@ class _Finished:
         )
 
     def _apex(self, clip: RawClip) -> int:
-        if clip.apex is not None and clip.onset <= clip.apex <= clip.offset:
+        onset, offset = clip.onset, clip.offset
+        assert onset is not None, "a clip without it is left out before"
+        assert offset is not None, "likewise"
+        if clip.apex is not None and onset <= clip.apex <= offset:
             return clip.apex
-        middle = (clip.onset + clip.offset) // 2
+        middle = (onset + offset) // 2
         if self.columns.apex:
-            found = "missing" if clip.apex is None else f"{clip.apex}, outside {clip.onset}..{clip.offset}"
+            found = "missing" if clip.apex is None else f"{clip.apex}, outside {onset}..{offset}"
             self.note("repaired", clip, f"apex {found}: set to the middle frame {middle}")
         return middle
 
@@ -293,6 +304,9 @@ class _Finished:
         if has_alternatives(clip.aus):
             kept = ", ".join(f"AU{number}" for number in sorted(annotation.active))
             self.note("repaired", clip, f"AU cell {clip.aus!r} offers alternatives: the first was taken ({kept})")
+        if annotation.dropped:
+            letters = ", ".join(annotation.dropped)
+            self.note("noted", clip, f"AU cell {cell_text(clip.aus)!r:.60}: {letters} without an AU: not read")
         static = [f"AU{unit.number}" for unit in annotation.units if unit.static]
         if static:
             self.note("noted", clip, f"{', '.join(static)} marked (k), held and not moving: no positive")

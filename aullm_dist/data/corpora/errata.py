@@ -1,4 +1,4 @@
-"""Published corrections: applied where the sheet is the one they were made for and the row shows the defect.
+"""Applies published corrections where the sheet is the one they were made for and the row shows the defect.
 
 The field publishes corrections as row numbers of one version of a sheet. So a sheet must have that version's number of
 rows, and each corrected cell must show its defect: no value, an order that cannot be, a frame that is not on disk while
@@ -12,12 +12,22 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from aullm_dist.data.annotations import has_alternatives, parse_aus
-from aullm_dist.data.corpora.layout import list_frames
-from aullm_dist.data.corpora.spec import CorpusIndex, CorpusSpec, Correction, Erratum, Note, Noter, RawClip
+from aullm_dist.data.corpora.spec import (
+    CorpusIndex,
+    CorpusSpec,
+    Correction,
+    CorrectionState,
+    Erratum,
+    Note,
+    Noter,
+    RawClip,
+)
+from aullm_dist.data.listing import list_frames
 from aullm_dist.errors import UserError
-from aullm_dist.files import write_text
+from aullm_dist.files import read_json, write_text
 
 __all__ = ["apply_frozen", "apply_published", "fits_errata", "freeze", "read_frozen"]
 
@@ -43,7 +53,8 @@ def fits_errata(spec: CorpusSpec, clips: Sequence[RawClip]) -> str | None:
 def _lacks_extra(spec: CorpusSpec, clips: Sequence[RawClip]) -> bool:
     if spec.errata_extra_clip is None:
         return False
-    return all(clip.name.casefold() != spec.errata_extra_clip[1].casefold() for clip in clips)
+    name = spec.errata_extra_clip[1].casefold()
+    return all(clip.name.casefold() != name for clip in clips)
 
 
 def apply_published(spec: CorpusSpec, clips: Sequence[RawClip], note: Noter, notes: list[Note]) -> list[Correction]:
@@ -55,7 +66,8 @@ def apply_published(spec: CorpusSpec, clips: Sequence[RawClip], note: Noter, not
         notes.append(Note("unmatched", spec.name, f"{len(spec.errata)} published corrections not applied: {misfit}"))
         return []
     by_index = {clip.row.index: clip for clip in clips}
-    above = spec.errata_extra_clip[0] if _lacks_extra(spec, clips) else None
+    extra = spec.errata_extra_clip
+    above = extra[0] if extra is not None and _lacks_extra(spec, clips) else None
     done: list[Correction] = []
     for erratum in spec.errata:
         row = erratum.row - 1 if above is not None and erratum.row > above else erratum.row
@@ -72,7 +84,7 @@ def _correct(clip: RawClip, erratum: Erratum, note: Noter) -> list[Correction]:
     wanted = _wanted(clip, erratum)
     found = {column: getattr(clip, column) for column in wanted}
     frames = list_frames_or_none(clip.folder)
-    chosen: dict[str, int | str] = {}
+    chosen: dict[str, Any] = {}  # numbers of frames, and the text of AUs
     for column in ("onset", "offset", "aus"):
         if column in wanted and found[column] != wanted[column] and _shows(clip, column, wanted, frames):
             chosen[column] = wanted[column]
@@ -83,6 +95,7 @@ def _correct(clip: RawClip, erratum: Erratum, note: Noter) -> list[Correction]:
     if not _ordered(start, chosen.get("apex", clip.apex), end, apex_corrected="apex" in chosen):
         chosen = {column: value for column, value in chosen.items() if column == "aus"}
     corrections = []
+    state: CorrectionState
     for column, value in wanted.items():
         if column in chosen:
             setattr(clip, column, value)
@@ -151,7 +164,7 @@ def _shows(clip: RawClip, column: str, wanted: Mapping[str, int | str], frames: 
     return mine not in frames and value in frames
 
 
-def _ordered(onset: object, apex: object, offset: object, *, apex_corrected: bool) -> bool:
+def _ordered(onset: Any, apex: Any, offset: Any, *, apex_corrected: bool) -> bool:
     """Whether the corrected row can be; an apex that nobody corrected may be wrong, it becomes the middle frame."""
     if onset is None or offset is None or onset > offset:
         return False
@@ -193,11 +206,8 @@ def read_frozen(path: Path, corpus: str) -> list[Correction]:
     Raises:
         UserError: The file is missing, is of another corpus, or an entry is malformed.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as corrections ({error}); write one with --freeze-errata") from None
-    if not isinstance(content, dict) or not isinstance(content.get("corrections"), list):
+    content = read_json(path, "write corrections with --freeze-errata")
+    if not isinstance(content.get("corrections"), list):
         raise UserError(f"{path}: key corrections is missing; allowed: a file written with --freeze-errata")
     if content.get("corpus") != corpus:
         raise UserError(f"{path}: corrections of corpus {content.get('corpus')!r}; allowed here: {corpus}")
@@ -224,6 +234,7 @@ def apply_frozen(
     """Correct `clips` in place by their names; a cell that does not hold what the file found there is left alone."""
     by_name = {clip.name.casefold(): clip for clip in clips}
     done = []
+    state: CorrectionState
     for item in frozen:
         clip = by_name.get(item.clip.casefold())
         if clip is None:

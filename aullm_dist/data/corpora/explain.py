@@ -1,4 +1,4 @@
-"""Why the clips per AU differ from the published counts, clip by clip.
+"""Explains, clip by clip, why the clips per AU differ from the published counts.
 
 Every row is read twice: by this project's grammar, as the dataset has it, and by the published rule of the field's
 harness (MEB), which the published counts were made with. Clips on which the two disagree, or which were left out,
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from aullm_dist.data.corpora.spec import CorpusIndex, CorpusSpec, Note
-from aullm_dist.data.workbook import cell_text
+from aullm_dist.data.sheets import cell_text
 
 __all__ = ["AuDifference", "ClipChange", "as_json", "explain", "harness_aus", "render_differences"]
 
@@ -38,19 +38,14 @@ class AuDifference:
     changes: tuple[ClipChange, ...]
 
 
-def harness_aus(cell: object, corpus: str) -> frozenset[int]:
+def harness_aus(cell: object, spec: CorpusSpec) -> frozenset[int]:
     """Return the AUs that MEB's published rule reads in a cell: of each piece between plus signs the digits alone.
 
-    Part C of CAS(ME)^3 has commas for plus signs, and in 4DME an AU marked `(k)` counts as absent.
+    Where the harness treats a corpus otherwise, `CorpusSpec.harness_text` says how.
 
     Source: MEB's loaders, as published; the rule alone, no code of theirs.
     """
-    text = cell_text(cell)
-    if corpus == "casme3c":
-        text = text.replace("\uff0c", ",").replace(",", "+")
-    pieces = text.split("+")
-    if corpus == "4dme":
-        pieces = [piece for piece in pieces if "(k)" not in piece]
+    pieces = spec.harness_text(cell_text(cell)).split("+")
     digits = ("".join(re.findall(r"[0-9]", piece)) for piece in pieces)
     return frozenset(int(number) for number in digits if number)
 
@@ -75,7 +70,7 @@ def explain(spec: CorpusSpec, index: CorpusIndex, kept: Iterable[str], notes: It
         ours, why = reading.ours, reading.why
         if ours is not None and sample_id not in present:
             ours, why = None, reasons.get(sample_id, "not in the dataset")
-        rows.append((reading, ours or frozenset(), harness_aus(reading.cell, spec.name), why))
+        rows.append((reading, ours or frozenset(), harness_aus(reading.cell, spec), why))
     differences = []
     for au, published in sorted(spec.published_aus.items()):
         changes = []
@@ -84,7 +79,7 @@ def explain(spec: CorpusSpec, index: CorpusIndex, kept: Iterable[str], notes: It
             if change:
                 text = f"left out: {why}" if why else f"cell {cell_text(reading.cell)!r:.60} is read otherwise"
                 changes.append(ClipChange(f"{spec.name}/{reading.name}", reading.row, change, text))
-        here, by_harness = (sum(au in row[column] for row in rows) for column in (1, 2))
+        here, by_harness = sum(au in row[1] for row in rows), sum(au in row[2] for row in rows)
         if not here == by_harness == published:
             differences.append(AuDifference(au, here, by_harness, published, tuple(changes)))
     return differences

@@ -1,17 +1,16 @@
-"""Folders and frame files of a release: found without regard to case, numbered by the last digits of a name."""
+"""Finds folders of a release without regard to case."""
 
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from aullm_dist.data.sheets import SHEET_SUFFIXES
 from aullm_dist.errors import UserError
+from aullm_dist.files import user_path
 
-__all__ = ["FolderTree", "find_frames_root", "list_frames", "require_folder", "search_folders"]
+__all__ = ["FolderTree", "find_frames_root", "require_folder", "search_folders"]
 
 # How far below the root the folder of subjects and the workbook may lie.
 _DEPTH = 3
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
-_DIGITS = re.compile(r"[0-9]+")
 
 
 def require_folder(root: str | Path, title: str) -> Path:
@@ -20,7 +19,7 @@ def require_folder(root: str | Path, title: str) -> Path:
     Raises:
         UserError: It is no folder, or cannot be listed.
     """
-    path = Path(root).expanduser().absolute()
+    path = user_path(root).absolute()
     if not path.is_dir():
         found = "is not a folder" if path.exists() else "does not exist"
         raise UserError(f"{path}: {found}; allowed: the folder of the {title} release")
@@ -40,7 +39,7 @@ def search_folders(root: Path, frame_folders: Sequence[str]) -> list[Path]:
 
 
 def _has_sheet(folder: Path) -> bool:
-    return any(next(folder.glob(pattern), None) for pattern in ("*.xls*", "*.csv"))
+    return any(path.suffix.lower() in SHEET_SUFFIXES for path in folder.iterdir())
 
 
 def find_frames_root(
@@ -100,12 +99,13 @@ class FolderTree:
 
     def find(self, relative: str) -> Path | None:
         """Return the folder at `a/b/c` below the root, or None; of two that differ in case, the one written so."""
-        folder: Path | None = self.root
+        folder = self.root
         for part in relative.split("/"):
             children = self._children(folder)
-            folder = children.get(part) or children.get(part.casefold())
-            if folder is None:
+            found = children.get(part) or children.get(part.casefold())
+            if found is None:
                 return None
+            folder = found
         return folder
 
     def like(self, template: str) -> Iterator[Path]:
@@ -123,32 +123,6 @@ class FolderTree:
             folded = {child.name.casefold(): child for child in reversed(children)}
             self._listed[folder] = {**folded, **{child.name: child for child in children}}
         return self._listed[folder]
-
-
-def list_frames(folder: Path) -> dict[int, Path]:
-    """Map frame numbers to files, ascending.
-
-    The number is the last run of digits in the file's stem, as an integer: paddings differ inside one corpus.
-
-    Raises:
-        UserError: Two files have the same number, or the folder cannot be listed.
-    """
-    frames: dict[int, Path] = {}
-    try:
-        paths = sorted(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
-    for path in paths:
-        digits = _DIGITS.findall(path.stem)
-        if not digits or path.suffix.lower() not in _SUFFIXES or path.name.startswith("."):
-            continue
-        number = int(digits[-1])
-        if number in frames:
-            raise UserError(
-                f"{folder}: {frames[number].name} and {path.name} are both frame {number}; allowed: one file each"
-            )
-        frames[number] = path
-    return dict(sorted(frames.items()))
 
 
 def _sub_folders(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""MMEW, micro-expressions: 90 fps, colour, `Micro_Expression/<emotion>/<Filename>/<n>.jpg`, `n` from 1, not padded.
+"""Describes MMEW (micro): 90 fps, colour, `Micro_Expression/<emotion>/<Filename>/<n>.jpg`, `n` from 1, unpadded.
 
 The makers' page describes `<subject>/<emotion>/<Filename>` instead; the form that fits the sheet is taken.
 
@@ -8,8 +8,10 @@ field's harness (MEB).
 """
 
 import re
+from collections.abc import Sequence
 
-from aullm_dist.data.corpora.spec import Columns, CorpusSpec, Erratum
+from aullm_dist.data.corpora.drawn import AuCombination, Cell, ClipPlan, Layout, Look, Placed, SyntheticFacts, plain_aus
+from aullm_dist.data.corpora.spec import Columns, CorpusSpec, Erratum, Provenance
 
 __all__ = ["SPEC"]
 
@@ -23,10 +25,36 @@ def _subject_of(_subject: str, clip: str) -> str | None:
     return match[1].upper() if match else None
 
 
+_MMEW_EMOTIONS = ("happiness", "anger", "surprise", "disgust", "fear", "sadness", "others", "repression", "contempt")
+# Counts aimed at: CD6ME positives per AU (MEB, table 4 notebook).
+_COMBINATIONS: dict[AuCombination, float] = {
+    (1, 2): 20, (1, 2, 5): 18, (1,): 10, (2, 5): 3, (5,): 39, (4,): 45, (4, 7): 37, (4, 5): 10, (4, 10): 6,
+    (4, 9): 5, (4, 17): 3, (1, 4): 2, (7,): 7, (7, 10): 3, (12,): 24, (6, 12): 8, (10, 12): 3, (10,): 26,
+    (14,): 15, (12, 14): 2, (15,): 5, (15, 17): 1, (17,): 7, (9,): 3, (6,): 2, (24,): 6,
+}  # fmt: skip
+
+
+def _layout(clips: Sequence[ClipPlan], _context_frames: int) -> Layout:
+    placed = []
+    for plan in clips:
+        # `others` in the sheet are the clips of the folder `repression`.
+        emotion = {"repression": "others", "contempt": "others"}.get(plan.emotion, plan.emotion)
+        code = _MMEW_EMOTIONS.index(emotion) + 1
+        name = f"S{plan.subject + 1:02d}-{code:02d}-{plan.ordinal + 1:03d}"
+        folder = "repression" if emotion == "others" else emotion
+        row: list[Cell] = [plan.subject + 1, name, plan.onset, plan.apex, plan.offset, plain_aus(plan), emotion, None]
+        placed.append(Placed(plan, f"Micro_Expression/{folder}/{name}", "{}.jpg", row))
+    header: list[Cell] = ["Subject", "Filename", "OnsetFrame", "ApexFrame", "OffsetFrame", "Action Units"]
+    header += ["Estimated Emotion", "remarks"]
+    return Layout("MMEW_Micro_Exp.xlsx", "Sheet1", [], header, placed)
+
+
 SPEC = CorpusSpec(
     name="mmew",
     title="MMEW",
+    provenance=Provenance("its makers, by the licence form on dpailab.com"),
     fps=90.0,
+    aus=(1, 2, 4, 5, 7, 10, 12, 14),  # MEB, utils.dataset_aus
     columns=Columns(
         subject="Subject",
         clip="Filename",
@@ -48,4 +76,13 @@ SPEC = CorpusSpec(
     errata_rows=300,
     published_clips=300,
     published_aus={1: 50, 2: 41, 4: 109, 5: 70, 6: 10, 7: 47, 9: 8, 10: 38, 12: 37, 14: 17, 15: 6, 17: 11},
+    synthetic=SyntheticFacts(
+        stream=4,
+        frame_size=(116, 116),
+        clip_lengths=(30, 50),  # 39.9 frames on average
+        combinations=_COMBINATIONS,
+        layout=_layout,
+        look=Look(gamma=0.85, blur_pixels=0.3, noise_factor=0.9),
+        first_numbers=None,
+    ),
 )

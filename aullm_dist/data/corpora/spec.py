@@ -1,11 +1,12 @@
-"""A corpus as data, and what reading one yields."""
+"""Defines a corpus as data, and the result of reading one."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from aullm_dist.data.workbook import Row, Table, column_key
+from aullm_dist.data.corpora.drawn import SyntheticFacts
+from aullm_dist.data.sheets import Row, Table, column_key
 
 __all__ = [
     "Amend",
@@ -19,6 +20,7 @@ __all__ = [
     "Note",
     "NoteKind",
     "Noter",
+    "Provenance",
     "RawClip",
     "Reading",
     "clip_part",
@@ -51,14 +53,18 @@ class ClipRecord:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something done or found while reading, to be told to the user; `where` names the clip or the row."""
+    """Something done or found while reading, to be reported to the user; `where` names the clip or the row."""
 
     kind: NoteKind
     where: str
     text: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.text}"
+        return f"{self.where}: {self.text}".replace("\n", "\\n").replace("\r", "\\r")
+
+
+CorrectionState = Literal["applied", "already there", "does not fit"]
+"""What became of a correction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,7 @@ class Correction:
     column: str
     found: int | str | None
     value: int | str
-    state: Literal["applied", "already there", "does not fit"]
+    state: CorrectionState
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +122,7 @@ class Columns:
         every = (getattr(self, f.name) for f in fields(self))
         return tuple((names,) if isinstance(names, str) else names for names in every if names)
 
-    def in_table(self, table: Table) -> "Columns":
+    def in_table(self, table: Table) -> "SheetColumns":
         """Return the one name of each column that `table` uses."""
         present = {column_key(name) for name in table.columns}
         chosen = {}
@@ -124,7 +130,20 @@ class Columns:
             names = getattr(self, f.name)
             names = (names,) if isinstance(names, str) else names
             chosen[f.name] = next((name for name in names if column_key(name) in present), "")
-        return replace(self, **chosen)
+        return SheetColumns(**chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class SheetColumns:
+    """The column names of one sheet; empty for a column that it does not have."""
+
+    subject: str
+    clip: str
+    onset: str
+    apex: str
+    offset: str
+    aus: str
+    emotion: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,17 +184,31 @@ Amend = Callable[[list[RawClip], Noter], None]
 
 
 def clip_part(text: str) -> str | None:
-    """Return a cell's text if it can be part of a folder's name, else None."""
-    return None if not text or text in {".", ".."} or set(text) & set("/\\\0") else text
+    """Return a cell's text if it can be part of a folder's name, else None; line ends are none of a name's."""
+    return None if text in {"", ".", ".."} or set(text) & set("/\\") or not text.isprintable() else text
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Who a corpus comes from, as the model card of a release says it: `<title>: of <makers>, <licence>.`"""
+
+    makers: str = "its makers"
+    licence: str = "who give it to research groups that sign for it; read what you signed"
+    """A clause about the makers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusSpec:
-    """A corpus as data, plus the few functions in which it differs from the others."""
+    """All that is known of a corpus: data, plus the few functions in which it differs from the others."""
 
     name: str
+    """Used on the command line and in sample ids; a-z, 0-9 and _."""
     title: str
+    """As its makers write it."""
+    provenance: Provenance = Provenance()
     fps: float | None
+    aus: tuple[int, ...]
+    """AUs under test, ascending: the set that the field's harness publishes for the corpus, with the source."""
     columns: Columns
     frame_folders: Names
     """Names of the folders that hold the clip folders, best first, compared without case."""
@@ -204,7 +237,11 @@ class CorpusSpec:
     amend: Amend | None = None
     """Corrections that look at more than one cell; runs before AU cells are parsed."""
     drops_frames: bool = False
-    """Frames are known to be missing inside clips of the release: no defect, but told."""
+    """Frames are known to be missing inside clips of the release: no defect, but reported."""
     published_clips: int = 0
     published_aus: Mapping[int, int] = field(default_factory=dict)
     """Clips and positives per AU as the field's harness counts them (MEB, CD6ME set): a checksum of the ingestion."""
+    harness_text: Callable[[str], str] = str
+    """An AU cell's text as the harness's common rule takes it: AUs between plus signs; see `explain.harness_aus`."""
+    synthetic: SyntheticFacts | None = None
+    """How a synthetic corpus in this layout is drawn; None where none can be."""

@@ -1,4 +1,4 @@
-"""Synthetic corpora in the disk layouts of all seven corpora: a generator for tests and demos.
+"""Generates synthetic corpora in the disk layouts of the corpora, for tests and demos.
 
 No claim about real faces is made from it: the faces are drawn, the movements are Gaussian pushes, and results on them
 say whether the software works, never how well anything recognises a real micro-expression.
@@ -7,12 +7,12 @@ say whether the software works, never how well anything recognises a real micro-
 loaders read them.
 """
 
-from aullm_dist.data.synthetic.labels import ClipPlan, Movement, plan_clips
+from aullm_dist.data.corpora.drawn import ClipPlan, Movement
+from aullm_dist.data.synthetic.labels import plan_clips
 from aullm_dist.data.synthetic.layouts import SPEC_FILE, write_corpus
-from aullm_dist.data.synthetic.spec import CORPORA, DAMAGES, SHIFTS, SyntheticSpec
+from aullm_dist.data.synthetic.spec import DAMAGES, SHIFTS, SyntheticSpec
 
 __all__ = [
-    "CORPORA",
     "DAMAGES",
     "SHIFTS",
     "SPEC_FILE",

@@ -1,4 +1,4 @@
-"""Schematic gray faces whose skin is moved by AUs, in plain numpy.
+"""Draws schematic gray faces whose skin is moved by AUs, in plain numpy.
 
 A generator for tests and demos: no claim about real faces is made from it. A subject is one still picture with its own
 geometry, skin texture and light; a clip is that picture sampled through a displacement field (the sum of the Gaussian
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aullm_dist.data.synthetic.labels import ClipPlan, Movement
+from aullm_dist.data.corpora.drawn import ClipPlan, Look, Movement
 from aullm_dist.data.synthetic.portrait import Geometry, blur, draw_face, draw_geometry
 from aullm_dist.data.synthetic.spec import SyntheticSpec
 
@@ -37,34 +37,13 @@ class _Bump:
     dy: float
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
-    """A corpus's camera: exponent of the gray curve, optical blur (pixels), factor on the sensor noise."""
-
-    gamma: float = 1.0
-    blur_pixels: float = 0.0
-    noise_factor: float = 1.0
-    vignette_banding: bool = False
-
-
-_CORPUS_LOOKS = {
-    "casme2": Look(gamma=0.95, blur_pixels=0.0, noise_factor=1.0),
-    "samm": Look(gamma=0.75, blur_pixels=0.5, noise_factor=1.4),
-    "4dme": Look(gamma=1.3, blur_pixels=0.7, noise_factor=0.8),
-    "casme": Look(gamma=1.1, blur_pixels=0.4, noise_factor=1.2),
-    "mmew": Look(gamma=0.85, blur_pixels=0.3, noise_factor=0.9),
-    "casme3a": Look(gamma=1.2, blur_pixels=0.2, noise_factor=1.1),
-    "casme3c": Look(gamma=1.25, blur_pixels=0.2, noise_factor=1.3),
-}
-
-
 def look_of(spec: SyntheticSpec) -> Look:
     """Return the camera that the spec's `shift` asks for."""
     if spec.shift == "none":
         return Look()
     if spec.shift == "vignette_banding":
         return Look(vignette_banding=True)
-    return _CORPUS_LOOKS[spec.corpus]
+    return spec.facts.look
 
 
 def au_bumps(au: int, face: Geometry) -> tuple[_Bump, ...]:

@@ -1,4 +1,5 @@
-"""Writes a synthetic corpus to disk as the real one lays itself out (`releases.py`): folders, frames, workbook, damage.
+"""Writes a synthetic corpus to disk as the real one lays itself out (its module in
+`aullm_dist.data.corpora`): folders, frames, workbook, damage.
 
 A generator for tests and demos: no claim about real faces is made from it. The layouts follow the public loaders of the
 corpora; no file of a real corpus was opened for it. Equal specs give equal bytes, workbook included.
@@ -12,14 +13,17 @@ import zipfile
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openpyxl
 from PIL import Image
 
+from aullm_dist.data.corpora import Columns
+from aullm_dist.data.corpora.drawn import NOTICE, Cell, Layout
+from aullm_dist.data.sheets import column_key
 from aullm_dist.data.synthetic.faces import Subject
 from aullm_dist.data.synthetic.labels import plan_clips
-from aullm_dist.data.synthetic.releases import COLOUR, NOTICE, RELEASES, Cell, Layout
 from aullm_dist.data.synthetic.spec import DAMAGES, Damage, SyntheticSpec
 from aullm_dist.errors import UserError
 
@@ -64,9 +68,9 @@ def write_corpus(spec: SyntheticSpec, root: str | Path, *, damage: Collection[Da
     partial = root.with_name(root.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    layout = RELEASES[spec.corpus](spec, clips)
+    layout = spec.facts.layout(clips, spec.context_frames)
     _write_frames(spec, layout, partial)
-    _apply_damage(layout, partial, damage)
+    _apply_damage(layout, spec.corpus_spec.columns, partial, damage)
     rows = [*layout.rows_above, layout.header]
     rows += [row for clip in layout.clips for row in (clip.row, clip.again) if row]
     (partial / layout.workbook).write_bytes(_workbook_bytes(layout.sheet, rows))
@@ -87,7 +91,7 @@ def _write_frames(spec: SyntheticSpec, layout: Layout, root: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for number, frame in enumerate(subject.render(clip.plan), start=clip.plan.onset - spec.context_frames):
             if number not in clip.dropped:
-                _write_frame(frame, folder / clip.file_name.format(number), colour=spec.corpus in COLOUR)
+                _write_frame(frame, folder / clip.file_name.format(number), colour=spec.facts.colour)
         if clip.depth_folder:
             beside = root / clip.depth_folder
             beside.mkdir(parents=True, exist_ok=True)
@@ -106,7 +110,14 @@ def _write_frame(frame: np.ndarray, path: Path, *, colour: bool) -> None:
     image.save(path, quality=95)
 
 
-def _apply_damage(layout: Layout, root: Path, damage: Collection[Damage]) -> None:
+def _column(layout: Layout, names: str | tuple[str, ...]) -> int:
+    """Return the index of the column that is called by one of `names`."""
+    keys = {column_key(name) for name in ((names,) if isinstance(names, str) else names)}
+    return next(i for i, name in enumerate(layout.header) if isinstance(name, str) and column_key(name) in keys)
+
+
+def _apply_damage(layout: Layout, columns: Columns, root: Path, damage: Collection[Damage]) -> None:
+    au_column = _column(layout, columns.aus)
     for name in sorted(damage):
         clip = layout.clips[DAMAGES.index(name)]
         middle = root / clip.folder / clip.file_name.format((clip.plan.onset + clip.plan.offset) // 2)
@@ -119,23 +130,23 @@ def _apply_damage(layout: Layout, root: Path, damage: Collection[Damage]) -> Non
         elif name == "unlabelled_folder":
             clip.row.clear()
         elif name == "bad_au_cell":
-            clip.row[layout.au_column] = "banana"
+            clip.row[au_column] = "banana"
         elif name == "contradicting_row":
             # Empty cells below the table's own would be skipped: the row goes to the end of its clip's.
             clip.again.extend(clip.row)
-            clip.again[layout.au_column] = "1+2+4+5"
+            clip.again[au_column] = "1+2+4+5"
         elif name == "other_case":
             folder = root / clip.folder
             folder.rename(folder.with_name(folder.name.swapcase()))
         else:
-            onset, offset = layout.onset_offset_columns
+            onset, offset = _column(layout, columns.onset), _column(layout, columns.offset)
             clip.row[onset], clip.row[offset] = clip.row[offset], clip.row[onset]
 
 
 def _workbook_bytes(sheet: str, rows: list[list[Cell]]) -> bytes:
     """Build an xlsx whose bytes depend on its cells only: openpyxl puts the time of saving into it, taken out here."""
     workbook = openpyxl.Workbook()
-    worksheet = workbook.active
+    worksheet: Any = workbook.active
     worksheet.title = sheet
     for row_number, row in enumerate(rows, start=1):
         for column_number, cell in enumerate(row, start=1):

@@ -1,4 +1,4 @@
-"""The still picture of one synthetic person: geometry, skin, hair and light, drawn with soft edges.
+"""Draws the still picture of one synthetic person: geometry, skin, hair and light, with soft edges.
 
 A generator for tests and demos: no claim about real faces is made from it. Nothing here knows of labels.
 

@@ -1,11 +1,12 @@
-"""What a synthetic corpus is made of: one frozen, checked description, equal descriptions giving equal bytes."""
+"""Specifies a synthetic corpus: one frozen, checked description; equal descriptions give equal bytes."""
 
+import zlib
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from aullm_dist.data.corpora import CorpusSpec, SyntheticFacts, get_drawable
 from aullm_dist.errors import UserError
 
-SyntheticCorpus = Literal["casme2", "samm", "4dme", "casme", "mmew", "casme3a", "casme3c"]
 Shift = Literal["none", "corpus", "vignette_banding"]
 Damage = Literal[
     "missing_frame",
@@ -18,22 +19,8 @@ Damage = Literal[
     "other_case",
 ]
 
-# The order is part of every random stream's key: new corpora go to the end.
-CORPORA: tuple[SyntheticCorpus, ...] = get_args(SyntheticCorpus)
 SHIFTS: tuple[Shift, ...] = ("none", "corpus", "vignette_banding")
 DAMAGES: tuple[Damage, ...] = get_args(Damage)
-
-# (height, width) in the proportions of the real pictures (of CASME II the face region), scaled down.
-_FRAME_SIZES: dict[str, tuple[int, int]] = {
-    "casme2": (136, 112), "samm": (130, 192), "4dme": (96, 128), "casme": (90, 160), "mmew": (116, 116),
-    "casme3a": (90, 160), "casme3c": (90, 160),
-}  # fmt: skip
-# Around the mean clip lengths of the real corpora, in frames: 66.8, 74.3, 21.4, 22.1 and 39.9; CAS(ME)^3's is not
-# published and is (ours).
-_CLIP_LENGTHS: dict[str, tuple[int, int]] = {
-    "casme2": (50, 84), "samm": (56, 92), "4dme": (16, 27), "casme": (16, 28), "mmew": (30, 50), "casme3a": (8, 18),
-    "casme3c": (8, 18),
-}  # fmt: skip
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -44,7 +31,7 @@ class SyntheticSpec:
         UserError: a value lies outside its range.
     """
 
-    corpus: SyntheticCorpus
+    corpus: str
     """Whose disk layout, workbook, AU combinations and default domain shift are used."""
     subjects: int = 20
     clips_per_subject: int = 12
@@ -69,8 +56,7 @@ class SyntheticSpec:
     """Frames written before onset and after offset, which a loader must leave out."""
 
     def __post_init__(self) -> None:
-        if self.corpus not in CORPORA:
-            raise UserError(f"synthetic corpus: corpus is {self.corpus!r}; allowed: {', '.join(CORPORA)}")
+        get_drawable(self.corpus)
         if self.shift not in SHIFTS:
             raise UserError(f"synthetic corpus: shift is {self.shift!r}; allowed: {', '.join(SHIFTS)}")
         _check_range("subjects", self.subjects, 1, 99)
@@ -89,19 +75,32 @@ class SyntheticSpec:
         _check_range("num_frames", longest, shortest, 400)
 
     @property
+    def corpus_spec(self) -> CorpusSpec:
+        """The corpus whose layout is written."""
+        return get_drawable(self.corpus)
+
+    @property
+    def facts(self) -> SyntheticFacts:
+        """How that corpus is drawn."""
+        facts = self.corpus_spec.synthetic
+        assert facts is not None
+        return facts
+
+    @property
     def frame_height_width(self) -> tuple[int, int]:
         """(height, width) of every frame in pixels."""
-        return self.frame_size or _FRAME_SIZES[self.corpus]
+        return self.frame_size or self.facts.frame_size
 
     @property
     def clip_lengths(self) -> tuple[int, int]:
         """Fewest and most frames of a clip, onset to offset."""
-        return self.num_frames or _CLIP_LENGTHS[self.corpus]
+        return self.num_frames or self.facts.clip_lengths
 
     @property
     def seed_words(self) -> tuple[int, int]:
         """Start of every random stream's key: no two corpora, and no two seeds, share a stream."""
-        return self.seed, CORPORA.index(self.corpus)
+        stream = self.facts.stream
+        return self.seed, zlib.crc32(self.corpus.encode()) if stream is None else stream
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

@@ -1,0 +1,1 @@
+"""Holds the `aullm-dist` commands: one module each, with `add_arguments` and `run`."""

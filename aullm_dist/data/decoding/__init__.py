@@ -1,0 +1,1 @@
+"""Opens pictures and videos and checks what they are before their content is used."""

@@ -1,0 +1,1 @@
+"""Turns a corpus release into a prepared dataset."""

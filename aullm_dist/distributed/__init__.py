@@ -1,0 +1,1 @@
+"""Starts the processes of a run and their engine: DDP, or DeepSpeed ZeRO through Accelerate."""

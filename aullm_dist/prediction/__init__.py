@@ -1,0 +1,1 @@
+"""Answers clips with a trained model, as tables, JSON and pictures."""
