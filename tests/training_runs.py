@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,7 +134,12 @@ def fork(
         Task(str(program), arguments, variables | (rank if processes > 1 else {}), is_module=is_module)
         for rank in ranks
     ]
-    ended = nursery().run(tasks, limit=limit)
+    with tempfile.TemporaryDirectory() as attempt:
+        for rank, task in enumerate(tasks if processes > 1 else []):
+            folder = Path(attempt, str(rank))
+            folder.mkdir()
+            task.environment["TORCHELASTIC_ERROR_FILE"] = str(folder / "error.json")
+        ended = nursery().run(tasks, limit=limit)
     # As torchrun says it when it ends.
     ends = [f"exitcode: {code} (pid of rank {rank})\n" for rank, code in enumerate(ended.codes) if any(ended.codes)]
     errors = "".join([nursery().greeting, *ended.errors, *(ends if processes > 1 else [])])

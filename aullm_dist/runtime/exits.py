@@ -4,6 +4,7 @@ A launcher starts several processes and ends all of them when one of them ends; 
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -30,6 +31,7 @@ def report(error: UserError | CheckpointError, program: str, *, ended: bool = Fa
     """Write the line that ends the run; the main process does, unless this process alone knows of the error.
 
     The others wait for the launcher to end them, or an early one would take the main process down before it has spoken.
+    What one of them has said on this machine, no other repeats.
 
     Args:
         error: what the user can fix.
@@ -44,9 +46,32 @@ def report(error: UserError | CheckpointError, program: str, *, ended: bool = Fa
         if error.told_to_all:
             return
         who = f"process {os.environ['RANK']}: "
+    if not _is_first_to_say(str(error)):
+        return
     line = f"{program}: error: {who}{error}"
     sys.stderr.write(f"{line}\n")
     _tell_launcher(line)
+
+
+def _is_first_to_say(text: str) -> bool:
+    """Whether no other process that the same launcher has started on this machine has said `text`.
+
+    On a busy machine the main process may come to a mistake that all of them find after the others have stopped waiting
+    for it. torchrun gives each process a folder in one that they share; whoever creates the file there has the word.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    folder = Path(file).parent if file else None
+    if folder is None or folder.name != os.environ.get("LOCAL_RANK"):
+        return True
+    said = folder.parent / f"said-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    try:
+        said.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        # A folder that is gone or full is no reason to stay silent.
+        return True
+    return True
 
 
 def _tell_launcher(line: str) -> None:

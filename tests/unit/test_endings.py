@@ -69,3 +69,36 @@ def test_the_launcher_is_left_our_line_for_its_own_last_words(tmp_path, monkeypa
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "error.json"))
     endings.report(UserError(MISTAKE), "train.py")
     assert capsys.readouterr().err == f"train.py: error: {MISTAKE}\n" * 2
+
+
+@pytest.fixture
+def report_from(tmp_path, monkeypatch):
+    """Return a function that reports from one of two processes that torchrun has started."""
+
+    def report(rank, text):
+        folder = tmp_path / str(rank)
+        folder.mkdir()
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2)):
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+        monkeypatch.setattr(endings.time, "sleep", lambda _seconds: None)
+        endings.report(UserError(text), "train.py")
+
+    return report
+
+
+@pytest.mark.parametrize(
+    ("order", "spoken"),
+    [((0, 1), f"train.py: error: {MISTAKE}\n"), ((1, 0), f"train.py: error: process 1: {MISTAKE}\n")],
+)
+def test_what_every_process_finds_is_said_once_whoever_comes_first(report_from, capsys, order, spoken):
+    """On a busy machine the main process may come to it long after the others have stopped waiting."""
+    for rank in order:
+        report_from(rank, MISTAKE)
+    assert capsys.readouterr().err == spoken
+
+
+def test_what_one_process_alone_finds_is_said_beside_what_another_found(report_from, capsys):
+    report_from(1, "its own")
+    report_from(0, MISTAKE)
+    assert capsys.readouterr().err == f"train.py: error: process 1: its own\ntrain.py: error: {MISTAKE}\n"
