@@ -90,8 +90,12 @@ def test_a_disk_that_fails_is_said_once_and_the_run_goes_on(tmp_path, monkeypatc
     if trouble == "in the way":
         folder.write_text("a file")
     if trouble == "full":
-        # Linux's device that is always full.
-        monkeypatch.setattr(monitor_events, "open", lambda path, mode: io.FileIO("/dev/full", "w"), raising=False)
+
+        def on_a_full_disk(path, mode):
+            path.touch()  # or a thread that waits for its first event finds the name gone before the disk full
+            return io.FileIO("/dev/full", "w")  # Linux's device that is always full
+
+        monkeypatch.setattr(monitor_events, "open", on_a_full_disk, raising=False)
     file = EventFile(folder)
     if trouble == "removed":
         wait_for(lambda: file.path.exists())
