@@ -26,7 +26,9 @@ from common import MIB, ROOT, commit, cores, cpu_name, launch_line, markdown_tab
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
-from aullm_dist.llm.piecewise import WEIGHTS_AT_ONCE, model_without_storage, owners
+from aullm_dist.llm.pieces.loading import WEIGHTS_AT_ONCE
+from aullm_dist.llm.pieces.skeleton import model_without_storage
+from aullm_dist.llm.pieces.walk import owners
 from aullm_dist.llm.quantization import BLOCK, is_packed, nf4_config
 from aullm_dist.llm.stored.weight_files import WeightFiles
 from aullm_dist.llm.tiny import build_tiny_backbone

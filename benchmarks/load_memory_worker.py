@@ -17,7 +17,7 @@ from aullm_dist.config.schema import TrainingConfig
 from aullm_dist.distributed import context, engine
 from aullm_dist.distributed.placement import placement_of
 from aullm_dist.llm import quantization
-from aullm_dist.llm.piecewise import load_in_pieces
+from aullm_dist.llm.pieces.loading import load_in_pieces
 from aullm_dist.llm.stored.weight_files import WeightFiles
 from aullm_dist.packing.forward import decoder_of
 from aullm_dist.runtime.exits import leave

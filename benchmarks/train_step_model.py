@@ -20,7 +20,8 @@ from aullm_dist.data.corpora import CORPORA
 from aullm_dist.data.protocols import SampleInfo
 from aullm_dist.distributed.placement import Whole
 from aullm_dist.llm import base_check
-from aullm_dist.llm.piecewise import model_without_storage, owners
+from aullm_dist.llm.pieces.skeleton import model_without_storage
+from aullm_dist.llm.pieces.walk import owners
 from aullm_dist.llm.stored import wrappers
 from aullm_dist.llm.stored.weight_files import StoredTensor
 from aullm_dist.llm.tiny import build_tiny_backbone

@@ -1,4 +1,4 @@
-"""Shares the LLM among the processes of a run while it loads (`llm.piecewise.Placement`), for each engine."""
+"""Shares the LLM among the processes of a run while it loads (`llm.pieces.placement`), for each engine."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from aullm_dist.config.sharding import HPZ
 from aullm_dist.distributed.context import together
-from aullm_dist.llm.piecewise import Placement
+from aullm_dist.llm.pieces.placement import Placement
 
 T = TypeVar("T")
 

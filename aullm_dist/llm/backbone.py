@@ -2,7 +2,7 @@
 
 PEFT wraps the causal LM alone, so the adapter's keys load with stock PEFT onto the plain model. The forward passes go
 to the decoder inside it (`packing.decoder_of`): `lm_head` is never called and no vocabulary logits are ever computed.
-What NF4 needs is in `model.quantization`, what several processes need to share the loading in `llm.piecewise`.
+What NF4 needs is in `llm.quantization`, what several processes need to share the loading in `llm.pieces`.
 """
 
 import functools
@@ -33,14 +33,10 @@ from aullm_dist.llm.experts import packed_experts
 from aullm_dist.llm.files import downloaded, load_config, no_model, resolve
 from aullm_dist.llm.layers import checkpoint_activations, fused_experts
 from aullm_dist.llm.lora import ALL_LINEAR, add_lora, linear_layers, lora_targets_of
-from aullm_dist.llm.piecewise import (
-    Alone,
-    Placement,
-    build_without_storage,
-    load_in_pieces,
-    model_without_storage,
-    values_in_files,
-)
+from aullm_dist.llm.pieces.loading import load_in_pieces
+from aullm_dist.llm.pieces.placement import Alone, Placement
+from aullm_dist.llm.pieces.skeleton import build_without_storage, model_without_storage
+from aullm_dist.llm.pieces.values import values_in_files
 from aullm_dist.llm.quantization import (
     is_stored_in_nf4,
     misshapen_weights,

@@ -1,7 +1,7 @@
 """Keeps a frozen base in 4 bits per weight (NF4), with fixes where bitsandbytes trains wrongly or wastes memory.
 
 The only module that imports bitsandbytes, and inside functions alone. `prepare` must see every model that holds NF4
-layers, however it was loaded. Which process packs what (`llm.piecewise`) is not its business.
+layers, however it was loaded. Which process packs what (`llm.pieces`) is not its business.
 """
 
 import functools

@@ -19,7 +19,7 @@ from aullm_dist.errors import UserError
 from aullm_dist.library_errors import LIBRARY_ERRORS, in_one_line
 from aullm_dist.llm.bypassed import left_plain
 from aullm_dist.llm.lora import ALL_LINEAR, add_lora, lora_targets_of
-from aullm_dist.llm.piecewise import NeverCalled, mark_quantized
+from aullm_dist.llm.pieces.skeleton import NeverCalled, mark_quantized
 from aullm_dist.llm.quantization import (
     is_packed,
     nf4_config,

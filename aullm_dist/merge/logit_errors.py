@@ -18,15 +18,10 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
 from aullm_dist.errors import UserError
-from aullm_dist.llm.piecewise import (
-    dtypes_of,
-    fill_buffers,
-    holders_of,
-    kept_buffers,
-    model_without_storage,
-    owners,
-    values_in_files,
-)
+from aullm_dist.llm.pieces.buffers import fill_buffers
+from aullm_dist.llm.pieces.skeleton import dtypes_of, model_without_storage
+from aullm_dist.llm.pieces.values import values_in_files
+from aullm_dist.llm.pieces.walk import holders_of, kept_buffers, owners
 from aullm_dist.llm.stored.conversion import Values
 from aullm_dist.llm.stored.weight_files import StoredTensor, WeightFiles
 from aullm_dist.merge.adapter import Adapter, Delta, Factors

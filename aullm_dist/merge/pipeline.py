@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from aullm_dist.llm.piecewise import progress
+from aullm_dist.llm.pieces.loading import progress
 from aullm_dist.merge.compute import Arithmetic, Slot, lazily, make_slots
 from aullm_dist.merge.journal import Journal
 from aullm_dist.merge.plan import OutputFile, Plan, Sizes, pieces

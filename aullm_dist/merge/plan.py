@@ -16,7 +16,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from aullm_dist.errors import UserError
 from aullm_dist.llm.nf4 import BLOCK
-from aullm_dist.llm.piecewise import dtypes_of, model_without_storage, owners, values_in_files
+from aullm_dist.llm.pieces.skeleton import dtypes_of, model_without_storage
+from aullm_dist.llm.pieces.values import values_in_files
+from aullm_dist.llm.pieces.walk import owners
 from aullm_dist.llm.quantization import nf4_config
 from aullm_dist.llm.stored.conversion import COMPUTED, Values
 from aullm_dist.llm.stored.weight_files import DTYPE_NAMES, StoredTensor, WeightFiles

@@ -22,7 +22,9 @@ from aullm_dist.llm.backbone import with_setting
 from aullm_dist.llm.base_check import check_files, check_tokenizer
 from aullm_dist.llm.files import load_config, load_tokenizer, resolve
 from aullm_dist.llm.lora import linear_layers, lora_targets_of
-from aullm_dist.llm.piecewise import model_without_storage, owners, values_in_files
+from aullm_dist.llm.pieces.skeleton import model_without_storage
+from aullm_dist.llm.pieces.values import values_in_files
+from aullm_dist.llm.pieces.walk import owners
 from aullm_dist.llm.quantization import is_stored_in_nf4, method_of, nf4_config
 from aullm_dist.llm.stored.wrappers import open_base, wrapper_type
 from aullm_dist.llm.trial import idle_targets, refuse_without_nf4

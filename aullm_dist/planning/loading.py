@@ -1,10 +1,10 @@
-"""Counts memory and reading while the LLM is loaded: by one process whole, by several in pieces (`llm.piecewise`)."""
+"""Counts memory and reading while the LLM is loaded: by one process whole, by several in pieces (`llm.pieces`)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 from aullm_dist.llm.backbone import IDS_AT_ONCE
-from aullm_dist.llm.piecewise import WEIGHTS_AT_ONCE
+from aullm_dist.llm.pieces.loading import WEIGHTS_AT_ONCE
 from aullm_dist.llm.quantization import BLOCK
 from aullm_dist.planning.engines import FLOAT32, Engine, Term
 from aullm_dist.planning.skeleton import Weight

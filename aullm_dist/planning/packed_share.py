@@ -8,7 +8,8 @@ from transformers import PretrainedConfig
 from aullm_dist.llm.experts import packed_shape, put_packed_experts
 from aullm_dist.llm.files import load_config, resolve
 from aullm_dist.llm.layers import fused_experts
-from aullm_dist.llm.piecewise import model_without_storage, owners
+from aullm_dist.llm.pieces.skeleton import model_without_storage
+from aullm_dist.llm.pieces.walk import owners
 from aullm_dist.llm.quantization import nf4_config, packed_share, valueless_state
 
 _DTYPE = torch.bfloat16

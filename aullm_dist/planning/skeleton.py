@@ -22,7 +22,8 @@ from aullm_dist.llm.backbone import Backbone, choose_attention
 from aullm_dist.llm.experts import packed_shape, put_packed_experts
 from aullm_dist.llm.layers import checkpoint_activations, decoder_layers
 from aullm_dist.llm.lora import add_lora, lora_targets_of
-from aullm_dist.llm.piecewise import model_without_storage, owners
+from aullm_dist.llm.pieces.skeleton import model_without_storage
+from aullm_dist.llm.pieces.walk import owners
 from aullm_dist.llm.quantization import is_packed, nf4_config, prepare, valueless_state
 from aullm_dist.model.assembly import assemble
 from aullm_dist.model.aullm import AULLM

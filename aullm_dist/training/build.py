@@ -13,7 +13,7 @@ from aullm_dist.config import UNSAID, Config, function_settings
 from aullm_dist.distributed import engine_state
 from aullm_dist.llm.backbone import Backbone, BackboneOptions, embedding_rms, load_backbone, mean_embeddings
 from aullm_dist.llm.files import present_folder
-from aullm_dist.llm.piecewise import Placement
+from aullm_dist.llm.pieces.placement import Placement
 from aullm_dist.log import get_logger
 from aullm_dist.model.assembly import BuiltModel, assemble, autocast_of
 from aullm_dist.model.aullm import Stage, check_kernels

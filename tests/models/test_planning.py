@@ -15,7 +15,7 @@ from aullm_dist.cli import main
 from aullm_dist.config import load, load_strategy
 from aullm_dist.errors import UserError
 from aullm_dist.llm.architecture import check_architecture, config_of
-from aullm_dist.llm.piecewise import owners
+from aullm_dist.llm.pieces.walk import owners
 from aullm_dist.llm.tiny import ARCHITECTURES, build_tiny_backbone, tiny_parts
 from aullm_dist.model.counterfactual import Chances, Counts, branching, counts_of, draw_interventions, mean_and_largest
 from aullm_dist.planning import trace as tracing

@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 from benchmark_scripts import benchmark
 
-from aullm_dist.llm import piecewise
-from aullm_dist.llm.piecewise import model_without_storage
+from aullm_dist.llm.pieces import loading
+from aullm_dist.llm.pieces.skeleton import model_without_storage
 from aullm_dist.packing.forward import decoder_of
 
 # As their publishers count them, embeddings and vocabulary head included.
@@ -65,7 +65,7 @@ def test_random_weights_go_into_place_piece_by_piece(parts, tmp_path, monkeypatc
         return read(files, name, first, last)
 
     monkeypatch.setattr(parts.RandomFiles, "read", noted)
-    monkeypatch.setattr(piecewise, "WEIGHTS_AT_ONCE", 4096)
+    monkeypatch.setattr(loading, "WEIGHTS_AT_ONCE", 4096)
     preset, case = small(parts, quantization), parts.Case(clips=2)
     built = parts.build(preset, tmp_path / "llm", Accelerator(cpu=True), parts.config_of(preset, case, OPTIONS))
     decoder = decoder_of(built.model.reasoner.llm)

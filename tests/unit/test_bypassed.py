@@ -3,7 +3,7 @@
 import pytest
 import torch
 from merge_samples import checkpoint_of
-from test_piecewise import assert_same, load
+from test_pieces import assert_same, load
 from tiny_backbones import small_config, write_any, write_config
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,7 +13,8 @@ from aullm_dist.cli import main
 from aullm_dist.errors import UserError
 from aullm_dist.llm.backbone import BackboneOptions, load_backbone
 from aullm_dist.llm.bypassed import bypassed_layers, shared_layers
-from aullm_dist.llm.piecewise import Alone, model_without_storage
+from aullm_dist.llm.pieces.placement import Alone
+from aullm_dist.llm.pieces.skeleton import model_without_storage
 from aullm_dist.llm.quantization import nf4_config
 from aullm_dist.merge.merge import merge_llm
 from aullm_dist.packing.shrink import keep_layers, shrink

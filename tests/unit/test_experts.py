@@ -6,7 +6,7 @@ import pytest
 import torch
 from merge_samples import checkpoint_of
 from safetensors.torch import load_file
-from test_piecewise import Threads
+from test_pieces import Threads
 from tiny_backbones import write_any
 from torch import nn
 from transformers import AutoModelForCausalLM

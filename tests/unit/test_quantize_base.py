@@ -7,7 +7,7 @@ from collections import namedtuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_piecewise import assert_same
+from test_pieces import assert_same
 from tiny_architectures import write_backbone
 from tiny_backbones import write_any
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,7 +45,7 @@ def refusal(base, out, capsys) -> str:
 def test_the_library_loads_what_it_would_quantise_itself(base, tmp_path, monkeypatch, name, tied, file_bytes):
     monkeypatch.setattr(module, "_FILE_BYTES", file_bytes)
     # Chunks that end inside a weight.
-    monkeypatch.setattr("aullm_dist.llm.piecewise.WEIGHTS_AT_ONCE", 5 * 64)
+    monkeypatch.setattr("aullm_dist.llm.pieces.loading.WEIGHTS_AT_ONCE", 5 * 64)
     assert quantize(base(name), tmp_path / "out") == 0
     expected = AutoModelForCausalLM.from_pretrained(
         base(name), dtype=torch.bfloat16, quantization_config=nf4_config(torch.bfloat16)

@@ -13,7 +13,7 @@ from transformers.core_model_loading import Chunk, Concatenate, Transpose, Weigh
 
 from aullm_dist.errors import UserError
 from aullm_dist.llm.backbone import BackboneOptions, load_backbone
-from aullm_dist.llm.piecewise import Alone
+from aullm_dist.llm.pieces.placement import Alone
 from aullm_dist.llm.stored import conversion
 from aullm_dist.merge.merge import merge_llm
 

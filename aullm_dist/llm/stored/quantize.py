@@ -24,16 +24,11 @@ from aullm_dist.llm.base_check import check_base, is_finite, refuse_not_finite
 from aullm_dist.llm.blame import read_object
 from aullm_dist.llm.bypassed import leaving_plain
 from aullm_dist.llm.files import load_config
-from aullm_dist.llm.piecewise import (
-    Alone,
-    dtypes_of,
-    kept_buffers,
-    model_without_storage,
-    owners,
-    progress,
-    quantise_piece,
-    values_in_files,
-)
+from aullm_dist.llm.pieces.loading import progress, quantise_piece
+from aullm_dist.llm.pieces.placement import Alone
+from aullm_dist.llm.pieces.skeleton import dtypes_of, model_without_storage
+from aullm_dist.llm.pieces.values import values_in_files
+from aullm_dist.llm.pieces.walk import kept_buffers, owners
 from aullm_dist.llm.quantization import BLOCK, is_packed, method_of, nf4_config
 from aullm_dist.llm.stored.conversion import Values
 from aullm_dist.llm.stored.weight_files import WeightFiles, check_space

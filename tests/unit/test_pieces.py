@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter
 
 from aullm_dist.errors import UserError
-from aullm_dist.llm import piecewise
-from aullm_dist.llm.piecewise import Alone, NeverCalled, load_in_pieces, model_without_storage, piece_of
+from aullm_dist.llm.pieces import loading
+from aullm_dist.llm.pieces.loading import load_in_pieces
+from aullm_dist.llm.pieces.placement import Alone, piece_of
+from aullm_dist.llm.pieces.skeleton import NeverCalled, model_without_storage
 from aullm_dist.llm.quantization import nf4_config
 from aullm_dist.llm.stored import conversion
 from aullm_dist.llm.stored.weight_files import WeightFiles
@@ -313,7 +315,7 @@ def test_damaged_files_are_named_before_anything_is_read(folders, tmp_path, dama
 @pytest.mark.parametrize("place", [0, -1])
 def test_a_value_that_is_not_finite_is_found_by_whoever_reads_it(folders, tmp_path, monkeypatch, place, quantization):
     found: list = []
-    monkeypatch.setattr(piecewise, "refuse_not_finite", lambda source, names: found.append(list(names)))
+    monkeypatch.setattr(loading, "refuse_not_finite", lambda source, names: found.append(list(names)))
     folder = tmp_path / "damaged"
     shutil.copytree(folders("llama"), folder)
     tensors = load_file(folder / "model.safetensors")
