@@ -36,7 +36,8 @@ demo: setup
 demo-llm: setup
 	$(BIN)/accelerate launch $(LAUNCH) aullm_dist/train.py --config demo_llm
 
-# The runs in the order of their names: by default the files with the fewest tests come last, and some of those are long.
+# The runs in the order of tests/run/conftest.py: by default the files with the fewest tests come last, and some of those
+# are long.
 # The cluster of the SLURM tests has the machine to itself.
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 tests/unit tests/models tests/ops

@@ -33,6 +33,7 @@ def overrides(dataset: Path, llm: Path | str, output: Path, **changes: object) -
         "data.fold": 0,
         "data.inner_fraction": 0.3,
         "data.workers": 0,
+        "data.size": _side_of(dataset),
         "model.llm": llm,
         "model.lora_rank": 4,
         "model.graph_width": 16,
@@ -224,6 +225,12 @@ def scalars(run: Path, tag: str, fold: int = 0) -> list[float]:
     events = EventAccumulator(str(run / "tensorboard" / f"fold-{fold:02d}"))
     events.Reload()
     return [event.value for event in events.Scalars(re.sub("^loss/", "Loss/", tag))]
+
+
+def _side_of(dataset: Path) -> int:
+    """Return the side of a prepared dataset's clips in pixels, or the default where there is no dataset."""
+    report = dataset / "report.json"
+    return json.loads(report.read_text())["size"] if report.is_file() else 64
 
 
 def _as_yaml(value: object) -> object:

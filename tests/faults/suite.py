@@ -202,10 +202,10 @@ def _prepare(out: Path) -> None:
     from aullm_dist.llm.tiny import build_tiny_backbone
 
     spec = SyntheticSpec(
-        corpus="casme2", subjects=6, clips_per_subject=4, balance=1.0, num_frames=(8, 12), frame_size=(64, 64)
+        corpus="casme2", subjects=6, clips_per_subject=4, balance=1.0, num_frames=(8, 12), frame_size=(32, 32)
     )
     write_corpus(spec, out / "corpus")
-    prepare("casme2", out / "corpus", out / "dataset", PrepareOptions(size=64, num_workers=1))
+    prepare("casme2", out / "corpus", out / "dataset", PrepareOptions(size=32, num_workers=1))
     build_tiny_backbone(out / "llm", hidden=32, layers=2, heads=2)
 
 
@@ -221,7 +221,7 @@ def planned(
         repeats: how often all those gaps.
         savers: processes that save.
     """
-    longest = {"load": 0.7, "step": 0.3, "evaluation": 0.3}
+    longest = {"load": 0.7, "step": 0.15, "evaluation": 0.15}
     for phase, seconds in longest.items():
         for index in range(per_phase):
             yield random_kill(phase, index % 2 == 0, draw, seconds)

@@ -28,7 +28,7 @@ INSIDE = {"gemma3_text": "gemma3", "qwen3_5_text": "qwen3_5"}
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_dataset, tiny_llm, tmp_path_factory):
+def runs(small_dataset, tiny_llm, tmp_path_factory):
     """Return a function that trains all types under a strategy, and gives the losses by type."""
     root = tmp_path_factory.mktemp("types")
     transformers_logging.disable_progress_bar()
@@ -42,7 +42,7 @@ def runs(tiny_dataset, tiny_llm, tmp_path_factory):
         folder = root / f"{processes}-{strategy.rpartition('/')[2]}"
         settings = {
             name: overrides(
-                tiny_dataset, root / name, folder / name, training__processes=processes, training__global_batch=4,
+                small_dataset, root / name, folder / name, training__processes=processes, training__global_batch=4,
                 training__micro_batch=4 // processes, training__max_steps=3, training__evaluate_every_epochs=9,
                 model__dropout=0.0, model__readout="last", counterfactual__branches=1,
                 data__folds=2, data__inner_fraction=0.0, **PACKED.get(name, {}),

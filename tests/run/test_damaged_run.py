@@ -42,9 +42,9 @@ COMMANDS: dict[str, Callable[[Path, Path], list[object]]] = {
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_dataset, tiny_llm, tmp_path_factory) -> list[str]:
+def settings(small_dataset, tiny_llm, tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("damaged") / "run"
-    return overrides(tiny_dataset, tiny_llm, folder, training__max_steps=2, training__baseline=True)
+    return overrides(small_dataset, tiny_llm, folder, training__max_steps=2, training__baseline=True)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_what_the_system_refuses_is_one_line_and_nothing_is_lost(command, run, t
 
 
 @pytest.mark.parametrize("work", ["report", "predict", "resume", "replace"])
-def test_work_that_takes_longer_is_refused_in_one_line_too(work, run, settings, tiny_dataset, tmp_path, capsys):
+def test_work_that_takes_longer_is_refused_in_one_line_too(work, run, settings, small_dataset, tmp_path, capsys):
     """A few of the writes alone: each takes seconds."""
     moved = [text for text in settings if not text.startswith(("training.output=", "training.baseline="))]
     moved += [f"training.output={run}", "training.baseline=false"]
@@ -155,7 +155,7 @@ def test_work_that_takes_longer_is_refused_in_one_line_too(work, run, settings, 
             return main(["report", str(run), "--no-model", "--bootstrap", "0", "--out", str(tmp_path / "out" / "page")])
         if work == "predict":
             return main(
-                ["predict", str(run / "fold-00"), str(tiny_dataset), "--out", str(tmp_path / "out" / "answers")]
+                ["predict", str(run / "fold-00"), str(small_dataset), "--out", str(tmp_path / "out" / "answers")]
             )
         return train_here(*(["--resume", "auto"] if work == "resume" else ["--replace"]), *moved)
 

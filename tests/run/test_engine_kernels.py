@@ -9,11 +9,11 @@ pytest.importorskip("triton", reason="the kernels need triton")
 pytestmark = pytest.mark.launch
 
 
-def test_a_divided_model_trains_through_the_kernels_what_it_trains_without(tiny_dataset, tiny_llm, tmp_path):
+def test_a_divided_model_trains_through_the_kernels_what_it_trains_without(small_dataset, tiny_llm, tmp_path):
     curves = {}
     for kernels in ("torch", KERNELS):
         settings = overrides(
-            tiny_dataset, tiny_llm, tmp_path / kernels, training__strategy=partition_everything(tmp_path),
+            small_dataset, tiny_llm, tmp_path / kernels, training__strategy=partition_everything(tmp_path),
             training__processes=2, training__global_batch=4, training__micro_batch=2, training__max_steps=2,
             training__evaluate_every_epochs=99, model__kernels=kernels, model__graph_heads=1, model__dropout=0.0,
             data__inner_fraction=0.0,

@@ -88,9 +88,9 @@ def train(output: Path, dataset, llm, *flags, ranks=1, plant=None, **changes):
 
 
 @pytest.fixture(scope="module")
-def on_gpu(tmp_path_factory, tiny_dataset, tiny_llm):
+def on_gpu(tmp_path_factory, small_dataset, tiny_llm):
     folder = tmp_path_factory.mktemp("gpu")
-    data = (tiny_dataset, tiny_llm)
+    data = (small_dataset, tiny_llm)
     fold = folder / "resumed-run" / "fold-00"
     return Runs(
         folder,
@@ -103,7 +103,7 @@ def on_gpu(tmp_path_factory, tiny_dataset, tiny_llm):
             | {"interrupted": [str(folder / "nf4-run"), str(folder / "resumed-run")]},
             "predicted": {
                 "module": "aullm_dist.cli",
-                "argv": ["predict", str(fold), str(tiny_dataset), "--json", "--out", str(folder / "answers.json")],
+                "argv": ["predict", str(fold), str(small_dataset), "--json", "--out", str(folder / "answers.json")],
                 "ranks": [{}],
             },
             "zero3": train(folder / "zero3-run", *data, ranks=2, **ZERO3),
@@ -114,9 +114,9 @@ def on_gpu(tmp_path_factory, tiny_dataset, tiny_llm):
 
 
 @pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory, tiny_dataset, tiny_llm):
+def on_cpu(tmp_path_factory, small_dataset, tiny_llm):
     folder = tmp_path_factory.mktemp("cpu")
-    data = (tiny_dataset, tiny_llm)
+    data = (small_dataset, tiny_llm)
     short = {"training__epochs": 1}
     return Runs(
         folder,

@@ -46,9 +46,9 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def folds_file(tiny_dataset, tmp_path_factory):
+def folds_file(small_dataset, tmp_path_factory):
     """Three folds with 16, 8 and 12 training clips."""
-    samples = read_samples([tiny_dataset])
+    samples = read_samples([small_dataset])
     subjects = sorted({sample.subject for sample in samples})
 
     def clips(*places):
@@ -66,10 +66,10 @@ def folds_file(tiny_dataset, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def settings_of(tiny_dataset, tiny_llm, folds_file):
+def settings_of(small_dataset, tiny_llm, folds_file):
     """Return a function that gives the settings of a run of these folds."""
     return lambda run, **changes: overrides(
-        tiny_dataset, tiny_llm, run, **{**SETTINGS, "data__folds_file": folds_file, **changes}
+        small_dataset, tiny_llm, run, **{**SETTINGS, "data__folds_file": folds_file, **changes}
     )
 
 

@@ -25,15 +25,15 @@ def run_blocked(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
 
 
-def test_a_local_backbone_never_asks_the_hub(tiny_dataset, tiny_llm, tmp_path):
-    settings = overrides(tiny_dataset, tiny_llm, tmp_path / "run", training__max_steps=1)
+def test_a_local_backbone_never_asks_the_hub(small_dataset, tiny_llm, tmp_path):
+    settings = overrides(small_dataset, tiny_llm, tmp_path / "run", training__max_steps=1)
     result = run_blocked(*settings)
     assert result.returncode == 0, result.stderr
     assert "CONNECTS" not in result.stderr
 
 
-def test_offline_refuses_a_name_without_asking(tiny_dataset, tmp_path):
-    settings = overrides(tiny_dataset, "some-lab/some-llm", tmp_path / "run", training__max_steps=1)
+def test_offline_refuses_a_name_without_asking(small_dataset, tmp_path):
+    settings = overrides(small_dataset, "some-lab/some-llm", tmp_path / "run", training__max_steps=1)
     result = run_blocked("--offline", *settings)
     assert result.returncode == 2
     assert "CONNECTS" not in result.stderr

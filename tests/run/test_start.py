@@ -9,18 +9,18 @@ from aullm_dist.training import fitting
 pytestmark = pytest.mark.launch
 
 
-def test_a_run_trains_on_a_base_that_was_quantised_beforehand(tiny_dataset, tiny_llm, tmp_path):
+def test_a_run_trains_on_a_base_that_was_quantised_beforehand(small_dataset, tiny_llm, tmp_path):
     assert main(["quantize", str(tiny_llm), "--out", str(tmp_path / "nf4")]) == 0
     settings = overrides(
-        tiny_dataset, tmp_path / "nf4", tmp_path / "run", model__quantization="nf4", training__max_steps=1
+        small_dataset, tmp_path / "nf4", tmp_path / "run", model__quantization="nf4", training__max_steps=1
     )
     assert train_here(*settings) == 0
 
 
-def test_the_trainer_refuses_before_it_has_a_run_folder(tiny_dataset, tiny_llm, tmp_path, monkeypatch, capsys):
+def test_the_trainer_refuses_before_it_has_a_run_folder(small_dataset, tiny_llm, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fitting, "free_machine_memory", lambda: 4 * 2**20)
     output = tmp_path / "run"
-    settings = overrides(tiny_dataset, tiny_llm, output, training__check_memory=True, model__structure=False)
+    settings = overrides(small_dataset, tiny_llm, output, training__check_memory=True, model__structure=False)
     assert train_here(*settings) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert "does not fit" in error[-1]

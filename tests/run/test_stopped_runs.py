@@ -29,11 +29,11 @@ pytestmark = pytest.mark.launch
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_dataset, tiny_llm, tmp_path_factory):
+def whole(small_dataset, tiny_llm, tmp_path_factory):
     """A run that nobody stops: six steps of two micro-batches, evaluations at steps 3 and 6."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     settings = overrides(
-        tiny_dataset, tiny_llm, folder, training__micro_batch=2, training__max_steps=6, training__epochs=9,
+        small_dataset, tiny_llm, folder, training__micro_batch=2, training__max_steps=6, training__epochs=9,
         training__keep_checkpoints=9, data__workers=1,
     )  # fmt: skip
     assert train_here(*settings) == 0
@@ -90,11 +90,11 @@ def test_stops_anywhere_and_goes_on_bit_identically(whole, tmp_path, monkeypatch
     assert logits(reference) == logits(stopped)
 
 
-def test_one_signalled_process_stops_both(tiny_dataset, tiny_llm, tmp_path):
+def test_one_signalled_process_stops_both(small_dataset, tiny_llm, tmp_path):
     """ZeRO-3 with everything divided, two micro-batches per step; only the second process is asked to stop."""
     run = tmp_path / "run"
     settings = overrides(
-        tiny_dataset, tiny_llm, run, training__strategy=partition_everything(tmp_path), training__global_batch=8,
+        small_dataset, tiny_llm, run, training__strategy=partition_everything(tmp_path), training__global_batch=8,
         training__micro_batch=2, training__epochs=999, training__max_steps=500, training__save_every_steps=2,
         training__evaluate_every_epochs=99, data__workers=1,
     )  # fmt: skip

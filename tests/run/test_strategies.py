@@ -25,7 +25,7 @@ PROCESSES = {"zero3_hpz": 4}
 
 
 @pytest.fixture(scope="module")
-def train(tiny_dataset, tiny_llm, tmp_path_factory):
+def train(small_dataset, tiny_llm, tmp_path_factory):
     """Return a function that trains a few steps, once for each strategy, on an NF4 base with float32 products."""
     folders = tmp_path_factory.mktemp("strategies")
     done: dict[str, Trained] = {}
@@ -47,7 +47,7 @@ def train(tiny_dataset, tiny_llm, tmp_path_factory):
                 "model__dropout": 0.0,
                 "model__quantization": "nf4",
             }
-            settings = overrides(tiny_dataset, tiny_llm, folder, **common)
+            settings = overrides(small_dataset, tiny_llm, folder, **common)
             result = fork(*settings, processes=processes)
             assert result.returncode == 0, result.stderr
             done[strategy] = Trained(folder, settings, result.stderr)

@@ -56,12 +56,12 @@ def arms(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def common(tiny_dataset, tiny_llm):
+def common(small_dataset, tiny_llm):
     """Return a function that gives the settings that all runs have in common."""
     own = ("training.output", "training.max_steps", "counterfactual.enabled")
 
     def of(**changes):
-        settings = overrides(tiny_dataset, tiny_llm, "none", **{**SETTINGS, **changes})
+        settings = overrides(small_dataset, tiny_llm, "none", **{**SETTINGS, **changes})
         return [setting for setting in settings if not setting.startswith(own)]
 
     return of

@@ -19,11 +19,11 @@ from aullm_dist.runs.predictions import find_predictions
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_dataset, tiny_llm, tmp_path_factory):
+def finished(small_dataset, tiny_llm, tmp_path_factory):
     """A finished run of eight steps with a checkpoint in the middle of an epoch."""
     run = tmp_path_factory.mktemp("finished") / "run"
     settings = overrides(
-        tiny_dataset, tiny_llm, run, training__micro_batch=2, training__max_steps=8, training__save_every_steps=3,
+        small_dataset, tiny_llm, run, training__micro_batch=2, training__max_steps=8, training__save_every_steps=3,
         training__epochs=9, training__keep_checkpoints=9,
     )  # fmt: skip
     assert train_here(*settings) == 0
@@ -110,10 +110,10 @@ def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path, capsys):
     assert logits(run) == logits(damaged)
 
 
-def test_a_checkpoint_of_another_model_is_refused(finished, tiny_dataset, tiny_llm, tmp_path, capsys):
+def test_a_checkpoint_of_another_model_is_refused(finished, small_dataset, tiny_llm, tmp_path, capsys):
     run, _ = finished
     other = tmp_path / "run"
-    settings = overrides(tiny_dataset, tiny_llm, other, model__readout="per_au", training__max_steps=1)
+    settings = overrides(small_dataset, tiny_llm, other, model__readout="per_au", training__max_steps=1)
     assert train_here(*settings) == 0
     shutil.rmtree(other / "fold-00" / "checkpoints")
     shutil.copytree(run / "fold-00" / "checkpoints", other / "fold-00" / "checkpoints")
@@ -140,18 +140,18 @@ def test_a_checkpoint_of_another_model_is_refused(finished, tiny_dataset, tiny_l
     ],
     ids=lambda changes: "-".join(key.split("__")[1] for key in changes),
 )
-def test_every_kind_of_run_trains_and_evaluates(tiny_dataset, tiny_llm, tmp_path, changes):
-    settings = overrides(tiny_dataset, tiny_llm, tmp_path / "run", training__max_steps=2, **changes)
+def test_every_kind_of_run_trains_and_evaluates(small_dataset, tiny_llm, tmp_path, changes):
+    settings = overrides(small_dataset, tiny_llm, tmp_path / "run", training__max_steps=2, **changes)
     assert train_here(*settings) == 0
     assert (tmp_path / "run" / "metrics.json").is_file()
 
 
-def test_loso_trains_every_fold_from_the_same_start(tiny_dataset, tiny_llm, tmp_path):
+def test_loso_trains_every_fold_from_the_same_start(small_dataset, tiny_llm, tmp_path):
     """A fold trained after others equals the fold trained alone: only the data differ, not the state it starts from."""
     together, alone = tmp_path / "together", tmp_path / "alone"
     changes = {"data__protocol": "loso", "training__max_steps": 2}
-    assert train_here(*overrides(tiny_dataset, tiny_llm, together, data__fold=None, **changes)) == 0
-    assert train_here(*overrides(tiny_dataset, tiny_llm, alone, data__fold=3, **changes)) == 0
+    assert train_here(*overrides(small_dataset, tiny_llm, together, data__fold=None, **changes)) == 0
+    assert train_here(*overrides(small_dataset, tiny_llm, alone, data__fold=3, **changes)) == 0
     assert logits(together, 3) == logits(alone, 3)
     metrics = json.loads((together / "metrics.json").read_text())
     assert (metrics["num_clips"], metrics["num_subjects"], metrics["folds"]["present"]) == (24, 6, 6)
@@ -163,14 +163,14 @@ def test_loso_trains_every_fold_from_the_same_start(tiny_dataset, tiny_llm, tmp_
     assert change == 0
 
 
-def test_cross_domain_trains_on_one_corpus_and_tests_on_the_other(tiny_dataset, tiny_llm, tmp_path):
-    spec = SyntheticSpec(corpus="samm", subjects=3, clips_per_subject=4, num_frames=(8, 12), frame_size=(64, 64))
+def test_cross_domain_trains_on_one_corpus_and_tests_on_the_other(small_dataset, tiny_llm, tmp_path):
+    spec = SyntheticSpec(corpus="samm", subjects=3, clips_per_subject=4, num_frames=(8, 12), frame_size=(32, 32))
     write_corpus(spec, tmp_path / "corpus")
-    prepare("samm", tmp_path / "corpus", tmp_path / "samm", PrepareOptions(size=64, num_workers=1))
+    prepare("samm", tmp_path / "corpus", tmp_path / "samm", PrepareOptions(size=32, num_workers=1))
     run = tmp_path / "run"
     target = json.dumps([str(tmp_path / "samm")])
     settings = overrides(
-        tiny_dataset, tiny_llm, run, data__protocol="cross", data__test=target, data__fold=None, training__max_steps=1
+        small_dataset, tiny_llm, run, data__protocol="cross", data__test=target, data__fold=None, training__max_steps=1
     )
     assert train_here(*settings) == 0
     metrics = json.loads((run / "metrics.json").read_text())
@@ -183,20 +183,20 @@ def test_cross_domain_trains_on_one_corpus_and_tests_on_the_other(tiny_dataset, 
     assert all(name.startswith("casme2/") for name in fold["train"] + fold["inner"])
 
 
-def test_folds_of_a_file_and_of_several_corpora_train_and_evaluate(tiny_dataset, tiny_llm, tmp_path):
+def test_folds_of_a_file_and_of_several_corpora_train_and_evaluate(small_dataset, tiny_llm, tmp_path):
     """Leave one dataset out, as a protocol and from its own JSON: the same folds, the same answers."""
-    spec = SyntheticSpec(corpus="mmew", subjects=3, clips_per_subject=3, num_frames=(8, 12), frame_size=(64, 64))
+    spec = SyntheticSpec(corpus="mmew", subjects=3, clips_per_subject=3, num_frames=(8, 12), frame_size=(32, 32))
     write_corpus(spec, tmp_path / "corpus")
-    prepare("mmew", tmp_path / "corpus", tmp_path / "mmew", PrepareOptions(size=64, num_workers=1))
-    both = json.dumps([str(tiny_dataset), str(tmp_path / "mmew")])
+    prepare("mmew", tmp_path / "corpus", tmp_path / "mmew", PrepareOptions(size=32, num_workers=1))
+    both = json.dumps([str(small_dataset), str(tmp_path / "mmew")])
     plan = tmp_path / "folds.json"
-    assert main(["folds", "lodo", str(tiny_dataset), str(tmp_path / "mmew"), "--out", str(plan)]) == 0
+    assert main(["folds", "lodo", str(small_dataset), str(tmp_path / "mmew"), "--out", str(plan)]) == 0
     named, read = tmp_path / "named", tmp_path / "read"
     common = {"data__train": both, "data__fold": None, "data__inner_fraction": 0.15, "training__max_steps": 1}
-    assert train_here(*overrides(tiny_dataset, tiny_llm, named, **{**common, "data__protocol": "lodo"})) == 0
+    assert train_here(*overrides(small_dataset, tiny_llm, named, **{**common, "data__protocol": "lodo"})) == 0
     assert (
         train_here(
-            *overrides(tiny_dataset, tiny_llm, read, **{**common, "data__fold": 1, "data__folds_file": str(plan)})
+            *overrides(small_dataset, tiny_llm, read, **{**common, "data__fold": 1, "data__folds_file": str(plan)})
         )
         == 0
     )
@@ -211,9 +211,9 @@ def test_folds_of_a_file_and_of_several_corpora_train_and_evaluate(tiny_dataset,
 
 
 def test_a_run_on_streamed_clips_resumes_bit_for_bit(tiny_llm, tmp_path):
-    spec = SyntheticSpec(corpus="casme", subjects=4, clips_per_subject=3, num_frames=(6, 8), frame_size=(64, 64))
+    spec = SyntheticSpec(corpus="casme", subjects=4, clips_per_subject=3, num_frames=(6, 8), frame_size=(32, 32))
     write_corpus(spec, tmp_path / "corpus")
-    prepare("casme", tmp_path / "corpus", tmp_path / "casme", PrepareOptions(size=64, num_workers=1, fmt="parquet"))
+    prepare("casme", tmp_path / "corpus", tmp_path / "casme", PrepareOptions(size=32, num_workers=1, fmt="parquet"))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     changes = {"data__streaming": True, "data__shuffle_buffer": 4, "training__max_steps": 4}
     steps = {"training__save_every_steps": 2, "training__keep_checkpoints": 5}
@@ -228,17 +228,17 @@ def test_a_run_on_streamed_clips_resumes_bit_for_bit(tiny_llm, tmp_path):
     assert logits(whole) == logits(cut)
 
 
-def test_the_baseline_is_trained_on_the_same_folds(tiny_dataset, tiny_llm, tmp_path, capsys):
+def test_the_baseline_is_trained_on_the_same_folds(small_dataset, tiny_llm, tmp_path, capsys):
     run = tmp_path / "run"
-    assert train_here(*overrides(tiny_dataset, tiny_llm, run, training__baseline=True, training__max_steps=1)) == 0
+    assert train_here(*overrides(small_dataset, tiny_llm, run, training__baseline=True, training__max_steps=1)) == 0
     assert "no-LLM baseline (led_cnn)" in capsys.readouterr().out
     assert (run / "folds.json").read_bytes() == (run / "baselines" / "led_cnn" / "folds.json").read_bytes()
     assert logits(run).keys() == logits(run / "baselines" / "led_cnn").keys()
 
 
-def test_protocol_all_trains_on_everything_and_keeps_inner_answers(tiny_dataset, tiny_llm, tmp_path, capsys):
+def test_protocol_all_trains_on_everything_and_keeps_inner_answers(small_dataset, tiny_llm, tmp_path, capsys):
     run = tmp_path / "run"
-    settings = overrides(tiny_dataset, tiny_llm, run, data__protocol="all", data__fold=None, training__max_steps=1)
+    settings = overrides(small_dataset, tiny_llm, run, data__protocol="all", data__fold=None, training__max_steps=1)
     assert train_here(*settings) == 0
     plan = json.loads((run / "folds.json").read_text())
     assert plan["folds"][0]["test"] == []
@@ -266,10 +266,10 @@ def _with_other_test_labels(dataset, run, folder, how):
 
 
 @pytest.fixture(scope="module")
-def fitted(tiny_dataset, tiny_llm, tmp_path_factory):
+def fitted(small_dataset, tiny_llm, tmp_path_factory):
     """A run that fits all that a run can fit, with the true labels."""
     run = tmp_path_factory.mktemp("fitted") / "run"
-    assert train_here(*overrides(tiny_dataset, tiny_llm, run, **FITTED)) == 0
+    assert train_here(*overrides(small_dataset, tiny_llm, run, **FITTED)) == 0
     return run
 
 
@@ -277,10 +277,10 @@ FITTED = {"training__max_steps": 4, "model__training_statistics": True}
 
 
 @pytest.mark.parametrize("how", ["permuted", "deleted"])
-def test_labels_of_the_test_fold_change_no_training_artefact(fitted, tiny_dataset, tiny_llm, tmp_path, how):
+def test_labels_of_the_test_fold_change_no_training_artefact(fitted, small_dataset, tiny_llm, tmp_path, how):
     """Prior statistics, weights, optimizer and the thresholds' own answers must not know the test labels."""
     first, second = fitted, tmp_path / "second"
-    other = _with_other_test_labels(tiny_dataset, first, tmp_path / "other", how)
+    other = _with_other_test_labels(small_dataset, first, tmp_path / "other", how)
     assert train_here(*overrides(other, tiny_llm, second, **FITTED)) == 0
     expected, found = (checkpoint_tensors(newest_checkpoint(run)) for run in (first, second))
     assert expected.keys() == found.keys()
@@ -305,16 +305,16 @@ def test_labels_of_the_test_fold_change_no_training_artefact(fitted, tiny_datase
         ({"training__processes": 2, "training__global_batch": 8}, "training.processes is 2"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(tiny_dataset, tiny_llm, tmp_path, capsys, changes, part):
-    assert train_here(*overrides(tiny_dataset, tiny_llm, tmp_path / "run", **changes)) == 2
+def test_bad_input_is_one_line_and_exit_code_2(small_dataset, tiny_llm, tmp_path, capsys, changes, part):
+    assert train_here(*overrides(small_dataset, tiny_llm, tmp_path / "run", **changes)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert part in lines[-1]
     assert lines[-1].startswith("train.py: error: ")
     assert not list((tmp_path).rglob("checkpoints"))
 
 
-def test_a_start_that_failed_does_not_occupy_the_run_folder(tiny_dataset, tiny_llm, tmp_path):
-    settings = overrides(tiny_dataset, tiny_llm, tmp_path / "run", training__max_steps=1)
+def test_a_start_that_failed_does_not_occupy_the_run_folder(small_dataset, tiny_llm, tmp_path):
+    settings = overrides(small_dataset, tiny_llm, tmp_path / "run", training__max_steps=1)
     assert train_here(*settings, "model.llm=/no/such/model") == 2
     assert not (tmp_path / "run").exists()
     assert train_here(*settings) == 0
@@ -329,13 +329,13 @@ def test_a_replacement_that_cannot_start_leaves_the_old_run(finished, tmp_path):
     assert (kept / "metrics.json").is_file()
 
 
-def test_resume_refuses_data_that_changed(finished, tiny_dataset, tmp_path, capsys):
+def test_resume_refuses_data_that_changed(finished, small_dataset, tmp_path, capsys):
     run, settings = finished
     resumed = tmp_path / "run"
     shutil.copytree(run, resumed)
-    smaller = datasets.load_from_disk(str(tiny_dataset)).select(range(20))
+    smaller = datasets.load_from_disk(str(small_dataset)).select(range(20))
     smaller.save_to_disk(str(tmp_path / "smaller"))
-    config = (resumed / "config.yaml").read_text().replace(str(tiny_dataset), str(tmp_path / "smaller"))
+    config = (resumed / "config.yaml").read_text().replace(str(small_dataset), str(tmp_path / "smaller"))
     (resumed / "config.yaml").write_text(config)
     other = [f"training.output={resumed}", f'data.train=["{tmp_path}/smaller"]']
     assert train_here(*settings, *other, "--resume", "auto") == 2
@@ -343,17 +343,17 @@ def test_resume_refuses_data_that_changed(finished, tiny_dataset, tmp_path, caps
     assert (resumed / "folds.json").read_bytes() == (run / "folds.json").read_bytes()
 
 
-def test_resume_refuses_frames_that_were_prepared_otherwise(finished, tiny_dataset, tmp_path, capsys):
+def test_resume_refuses_frames_that_were_prepared_otherwise(finished, small_dataset, tmp_path, capsys):
     run, settings = finished
     resumed = tmp_path / "run"
     shutil.copytree(run, resumed)
     prepare(
         "casme2",
-        tiny_dataset.parent / "corpus",
+        small_dataset.parent / "corpus",
         tmp_path / "other",
-        PrepareOptions(size=64, crop="center", num_workers=1),
+        PrepareOptions(size=32, crop="center", num_workers=1),
     )
-    config = (resumed / "config.yaml").read_text().replace(str(tiny_dataset), str(tmp_path / "other"))
+    config = (resumed / "config.yaml").read_text().replace(str(small_dataset), str(tmp_path / "other"))
     (resumed / "config.yaml").write_text(config)
     other = [f"training.output={resumed}", f'data.train=["{tmp_path}/other"]']
     assert train_here(*settings, *other, "--resume", "auto") == 2
@@ -370,18 +370,18 @@ def test_an_unfinished_run_says_so_in_its_table(finished, tmp_path):
     assert any("fold-00 is unfinished: these are the answers of step" in note for note in notes)
 
 
-def test_kernels_that_are_not_there_are_refused(tiny_dataset, tiny_llm, tmp_path, monkeypatch, capsys):
+def test_kernels_that_are_not_there_are_refused(small_dataset, tiny_llm, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AULLM_KERNELS", "triton")
-    assert train_here(*overrides(tiny_dataset, tiny_llm, tmp_path / "run")) == 2
+    assert train_here(*overrides(small_dataset, tiny_llm, tmp_path / "run")) == 2
     assert "AULLM_KERNELS is 'triton'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_that_cannot_be_written_is_one_line(tiny_dataset, tiny_llm, tmp_path, capsys):
+def test_a_checkpoint_that_cannot_be_written_is_one_line(small_dataset, tiny_llm, tmp_path, capsys):
     run = tmp_path / "run"
     (run / "fold-00").mkdir(parents=True)
     (run / "fold-00" / "checkpoints").write_text("in the way")
-    settings = overrides(tiny_dataset, tiny_llm, run, training__max_steps=1)
+    settings = overrides(small_dataset, tiny_llm, run, training__max_steps=1)
     assert train_here(*settings, "--resume", "auto") == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("train.py: error: checkpoint ")
@@ -398,8 +398,8 @@ def test_a_resumed_run_keeps_every_tensorboard_point(finished, tmp_path):
     assert scalars(resumed, "heldout/f1_macro") == scalars(run, "heldout/f1_macro")
 
 
-def test_not_finite_gradients_are_skipped_and_then_stop_the_run(tiny_dataset, tiny_llm, tmp_path, capsys):
-    settings = overrides(tiny_dataset, tiny_llm, tmp_path / "run", training__lr_new=1e30, training__max_bad_steps=2)
+def test_not_finite_gradients_are_skipped_and_then_stop_the_run(small_dataset, tiny_llm, tmp_path, capsys):
+    settings = overrides(small_dataset, tiny_llm, tmp_path / "run", training__lr_new=1e30, training__max_bad_steps=2)
     assert train_here(*settings) == 2
     message = capsys.readouterr().err
     assert "skipped (1 in a row)" in message
@@ -407,8 +407,8 @@ def test_not_finite_gradients_are_skipped_and_then_stop_the_run(tiny_dataset, ti
 
 
 @pytest.mark.launch
-def test_launched_as_a_user_would_with_one_process(tiny_dataset, tiny_llm, tmp_path):
-    result = launch(*overrides(tiny_dataset, tiny_llm, tmp_path / "run", training__max_steps=2))
+def test_launched_as_a_user_would_with_one_process(small_dataset, tiny_llm, tmp_path):
+    result = launch(*overrides(small_dataset, tiny_llm, tmp_path / "run", training__max_steps=2))
     assert result.returncode == 0, result.stderr
     assert "Held-out subjects" in result.stdout
     assert "2/2" in result.stderr

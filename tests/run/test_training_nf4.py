@@ -9,11 +9,11 @@ from training_runs import checkpoint_tensors, interrupted, logits, newest_checkp
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_dataset, tiny_llm, tmp_path_factory):
+def finished(small_dataset, tiny_llm, tmp_path_factory):
     """Four steps with an evaluation after each: an evaluation used to end learning on some CPUs."""
     run = tmp_path_factory.mktemp("nf4") / "run"
     settings = overrides(
-        tiny_dataset, tiny_llm, run, training__max_steps=4, training__save_every_steps=2, training__epochs=9,
+        small_dataset, tiny_llm, run, training__max_steps=4, training__save_every_steps=2, training__epochs=9,
         training__global_batch=16, training__micro_batch=16, model__quantization="nf4",
     )  # fmt: skip
     assert train_here(*settings) == 0
@@ -39,10 +39,10 @@ def test_a_resumed_run_is_bit_identical(finished, tmp_path):
 
 
 def test_a_checkpoint_on_nf4_is_not_loaded_onto_the_unquantised_base(
-    finished, tiny_dataset, tiny_llm, tmp_path, capsys
+    finished, small_dataset, tiny_llm, tmp_path, capsys
 ):
     other = tmp_path / "run"
-    settings = overrides(tiny_dataset, tiny_llm, other, training__max_steps=1)
+    settings = overrides(small_dataset, tiny_llm, other, training__max_steps=1)
     assert train_here(*settings) == 0
     shutil.rmtree(other / "fold-00" / "checkpoints")
     shutil.copytree(finished[0] / "fold-00" / "checkpoints", other / "fold-00" / "checkpoints")

@@ -10,11 +10,11 @@ pytestmark = pytest.mark.launch
 
 
 @pytest.fixture(scope="module")
-def two(tiny_dataset, tiny_llm, tmp_path_factory):
+def two(small_dataset, tiny_llm, tmp_path_factory):
     """A run of two processes with two micro-batches each per step, without dropout."""
     run = tmp_path_factory.mktemp("two") / "run"
     settings = overrides(
-        tiny_dataset, tiny_llm, run, training__global_batch=8, training__micro_batch=2, training__processes=2,
+        small_dataset, tiny_llm, run, training__global_batch=8, training__micro_batch=2, training__processes=2,
         training__epochs=9, training__max_steps=4, training__save_every_steps=2, model__dropout=0.0,
         training__keep_checkpoints=9,
     )  # fmt: skip
@@ -23,7 +23,7 @@ def two(tiny_dataset, tiny_llm, tmp_path_factory):
     return run, settings, result
 
 
-def test_two_processes_equal_one(two, tiny_dataset, tiny_llm, tmp_path):
+def test_two_processes_equal_one(two, small_dataset, tiny_llm, tmp_path):
     run, settings, _ = two
     alone = tmp_path / "run"
     changes = [f"training.output={alone}", "training.processes=1", "training.micro_batch=8"]
@@ -56,27 +56,27 @@ def test_resume_of_two_processes_is_bit_identical(two, tmp_path):
 
 
 @pytest.mark.parametrize("launcher", [("--cpu", "--num_processes=2"), ("--num_processes=2",)])
-def test_a_launcher_that_loses_a_process_is_refused(tiny_dataset, tiny_llm, tmp_path, launcher):
+def test_a_launcher_that_loses_a_process_is_refused(small_dataset, tiny_llm, tmp_path, launcher):
     if "--cpu" not in launcher and torch.cuda.is_available():
         pytest.skip("with a GPU accelerate starts both processes")
-    result = launch(*overrides(tiny_dataset, tiny_llm, tmp_path / "run"), launcher=launcher)
+    result = launch(*overrides(small_dataset, tiny_llm, tmp_path / "run"), launcher=launcher)
     assert result.returncode != 0
     assert "asked for several processes but started one" in result.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_on_one_process_ends_both_with_one_line(tiny_dataset, tiny_llm, tmp_path):
-    settings = overrides(tiny_dataset, tiny_llm, tmp_path / "run", training__micro_batch=2, data__train='["/no/such"]')
+def test_an_error_on_one_process_ends_both_with_one_line(small_dataset, tiny_llm, tmp_path):
+    settings = overrides(small_dataset, tiny_llm, tmp_path / "run", training__micro_batch=2, data__train='["/no/such"]')
     result = fork(*settings, processes=2)
     assert result.returncode != 0
     assert result.stderr.count("train.py: error:") == 1
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_both_with_one_line(tiny_dataset, tiny_llm, tmp_path):
+def test_a_checkpoint_that_cannot_be_written_ends_both_with_one_line(small_dataset, tiny_llm, tmp_path):
     run = tmp_path / "run"
     (run / "fold-00").mkdir(parents=True)
     (run / "fold-00" / "checkpoints").write_text("in the way")
-    settings = overrides(tiny_dataset, tiny_llm, run, training__micro_batch=2, training__max_steps=1)
+    settings = overrides(small_dataset, tiny_llm, run, training__micro_batch=2, training__max_steps=1)
     result = fork(*settings, "--resume", "auto", processes=2)
     assert result.returncode != 0
     assert result.stderr.count("train.py: error: checkpoint") == 1

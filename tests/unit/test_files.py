@@ -105,12 +105,12 @@ def test_a_name_that_is_no_utf8_is_refused_at_once(capsys, tmp_path):
         assert "is not UTF-8" in line
 
 
-def test_home_is_expanded_behind_an_option(capsys, tmp_path, monkeypatch):
-    """A shell leaves `--json=~/plan.json` as it is."""
+def test_home_is_expanded_behind_an_option(tiny_dataset, capsys, tmp_path, monkeypatch):
+    """A shell leaves `--out=~/plan.json` as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["plan", "demo", "--cpu", "--json=~/plan.json"]) == 0
-    assert json.loads((tmp_path / "plan.json").read_text())["run"] == "demo"
+    assert cli.main(["folds", "loso", str(tiny_dataset), "--out=~/plan.json"]) == 0
+    assert json.loads((tmp_path / "plan.json").read_text())["protocol"] == "loso"
     assert not (tmp_path / "~").exists()
     assert cli.main(["evaluate", "~/nothing"]) == 2
     assert str(tmp_path / "nothing") in capsys.readouterr().err
