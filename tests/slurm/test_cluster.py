@@ -103,7 +103,9 @@ def uninterrupted(cluster, settings, tmp_path_factory):
 
 def test_two_nodes_train_zero3_on_nf4(uninterrupted):
     run, text = uninterrupted
-    assert "Engine: DeepSpeed ZeRO-3: parameters, gradients and optimizer state are partitioned over 2 processes" in text
+    assert (
+        "Engine: DeepSpeed ZeRO-3: parameters, gradients and optimizer state are partitioned over 2 processes" in text
+    )
     assert "not started again: it is done" in text
     assert re.search(r"Checkpoint written in \d+\.\d s; from a signal to a checkpoint on disk about", text)
     assert saved(run) == [1, 8, 16, 24]
