@@ -35,7 +35,11 @@ from aullm_dist.llm.tiny import build_tiny_backbone
 from aullm_dist.packing.forward import decoder_of
 
 WORKER = Path(__file__).with_name("load_memory_worker.py")
-MODES = {"ordinary": "whole on each, then divided", "pieces": "in pieces, from bf16", "prepared": "in pieces, from NF4"}
+MODES = {
+    "ordinary": "whole on each, then partitioned",
+    "pieces": "in pieces, from bf16",
+    "prepared": "in pieces, from NF4",
+}
 WIDTH, MLP, HEADS, KEY_VALUE_HEADS, VOCABULARY = 2048, 5632, 16, 8, 32000
 # The packed sequence of a clip: prefix, two branches with their suffixes.
 CLIPS, TOKENS = 4, 96 + 2 * 16

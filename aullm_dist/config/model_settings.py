@@ -158,7 +158,7 @@ class ModelConfig:
     )
     suffix_multiple: int = setting(
         1,
-        "Fill a packed row up, with suffixes that nobody reads, until their number is a multiple of this. "
+        "Add padding suffixes to a packed row until their number is a multiple of this. "
         "Interventions are drawn, so rows differ in length; with a multiple there are few lengths, for `compile` and "
         "for the GPU's allocator. The answers are the same; the fillers count as tokens. 1 fills up nothing.",
         "execution",

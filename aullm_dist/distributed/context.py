@@ -176,7 +176,7 @@ def _describe_device(accelerator: Accelerator) -> str:
 def _describe_engine(strategy: Strategy, processes: int, shares_base: bool) -> str:
     if shares_base:
         what = (
-            f"DeepSpeed ZeRO-3 for the frozen LLM, divided among {processes} processes; what is trained is whole in "
+            f"DeepSpeed ZeRO-3 for the frozen LLM, partitioned over {processes} processes; what is trained is whole in "
             "each process of its fold"
         )
     elif strategy.deepspeed is None:
@@ -187,7 +187,7 @@ def _describe_engine(strategy: Strategy, processes: int, shares_base: bool) -> s
             2: "gradients and optimizer state are",
             3: "parameters, gradients and optimizer state are",
         }[strategy.stage]
-        what = f"DeepSpeed ZeRO-{strategy.stage}: {held} divided among {processes} process{'es' * (processes > 1)}"
+        what = f"DeepSpeed ZeRO-{strategy.stage}: {held} partitioned over {processes} process{'es' * (processes > 1)}"
         zero = strategy.deepspeed["zero_optimization"]
         names = {"optimizer": "optimizer state", "param": "parameters"}
         offloaded = [name for key, name in names.items() if offloaded_to(zero, key) != "none"]

@@ -135,7 +135,7 @@ def _stale_lock() -> Finding:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     locks = sorted(root.glob("**/lock")) if root.is_dir() else []
     if locks:
-        return Finding("extensions", "FAIL", f"{locks[0]}: a build is going on or was killed; remove it if none is")
+        return Finding("extensions", "FAIL", f"{locks[0]}: a build still runs or was killed; remove it if none is")
     return Finding("extensions", "ok", f"no build left a lock in {root}")
 
 

@@ -56,7 +56,7 @@ class ScaledToken(nn.Module):
 
 
 class TokenHead(nn.Linear):
-    """A linear head over the AUs on a soft token, `[..., D]` -> `[..., A]` float32; of a zero token the bias alone.
+    """A linear head over the AUs on a soft token, `[..., D]` -> `[..., A]` float32; of a zero token the bias or 0.
 
     It reads the token at a scale that falls with the width: a step of AdamW then moves the logits as far in a wide LLM
     as in a narrow one.
@@ -65,16 +65,14 @@ class TokenHead(nn.Linear):
         llm_dim: Width D of the LLM.
         num_aus: Number of action units A.
         rms: Root mean square of a token.
-        starts_at_zero: Whether the weights start at 0, for a stage that at first adds nothing; without a bias then.
+        bias: Whether an AU has logits of its own without a token.
     """
 
     REFERENCE_WIDTH = 128
 
-    def __init__(self, llm_dim: int, num_aus: int, rms: float, *, starts_at_zero: bool = False) -> None:
-        super().__init__(llm_dim, num_aus, bias=not starts_at_zero)
+    def __init__(self, llm_dim: int, num_aus: int, rms: float, *, bias: bool = True) -> None:
+        super().__init__(llm_dim, num_aus, bias=bias)
         self.gain = self.REFERENCE_WIDTH / (rms * llm_dim)
-        if starts_at_zero:
-            nn.init.zeros_(self.weight)
 
     def forward(self, token: Tensor) -> Tensor:
         """Return the logits of soft tokens."""

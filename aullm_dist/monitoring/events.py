@@ -76,7 +76,7 @@ class EventFile:
         run = self.folder.parent
         if run not in _said:
             _said.add(run)
-            logger.warning("TensorBoard: %s; the run goes on without event files in %s", problem, run)
+            logger.warning("TensorBoard: %s; the run continues without event files in %s", problem, run)
 
     def close(self) -> bool:
         """Wait until all is on disk, but not for ever; whether it is."""

@@ -129,7 +129,7 @@ def _micro_batches(config: Config, cluster: Cluster) -> Iterator[Option]:
 
 def _divided(config: Config, cluster: Cluster) -> Iterator[Option]:
     if cluster.gpus > 1 and not config.training.strategy.startswith("zero3"):
-        yield _setting("training.strategy", "zero3", "the LLM is divided, and sent in every micro-batch")
+        yield _setting("training.strategy", "zero3", "the LLM is partitioned, and gathered in every micro-batch")
 
 
 def _optimizer_on_host(config: Config, cluster: Cluster) -> Iterator[Option]:

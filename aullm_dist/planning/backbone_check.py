@@ -263,7 +263,7 @@ def print_checked(console: Console, found: Checked) -> None:
     left = f"; {found.left_plain} stay in 16 bits" if found.left_plain else ""
     if found.weights_in_experts:
         left += ", experts in 4 bits as well with model.quantization=nf4_experts"
-    in_bytes = f"{in_gb(found.bytes_in_nf4)}, beside {in_gb(found.bytes_left_plain)} that are not"
+    in_bytes = f"{in_gb(found.bytes_in_nf4)} and {in_gb(found.bytes_left_plain)} that stay as they are"
     rows.append(("nf4", f"{_count(found.weights_in_nf4)} weights in 4 bits ({in_bytes}){left}"))
     without = f", {found.lora_left_out} others without" if found.lora_left_out else ""
     lora = f"{_count(found.lora_weights)} weights at rank {found.lora_rank} on {found.lora_layers} linear layers"

@@ -170,7 +170,7 @@ def _refusing_what_runs_on_values_alone(llm: PretrainedConfig) -> Iterator[None]
         raise
     except LIBRARY_ERRORS as error:
         raise NotPlanned(
-            f"model type {llm.model_type!r} cannot be planned: its code does not run on tensors without values "
+            f"model type {llm.model_type!r} cannot be planned: its code does not run on the meta device "
             f"({in_one_line(error)}); its layers, batch and strategy may work all the same"
         ) from error
 

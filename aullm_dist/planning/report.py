@@ -148,7 +148,7 @@ def _speed(plan: Plan) -> Table:
     table.add_column("")
     table.add_column("", justify="right")
     table.add_row("floor: 4 x weights x tokens", f"{amount(speed.floor_flops / 1e12)} TFLOP")
-    table.add_row("counted: with LoRA, attention, what is computed anew", f"{amount(speed.flops / 1e12)} TFLOP")
+    table.add_row("counted: with LoRA, attention, recomputation", f"{amount(speed.flops / 1e12)} TFLOP")
     rows = (
         (f"computing at the {what}'s peak", speed.compute_seconds, " s"),
         ("sending", speed.network_seconds, " s"),

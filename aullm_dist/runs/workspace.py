@@ -55,7 +55,7 @@ def check_run_folder(config: Config, mode: Mode) -> Path:
     saved = RunPaths(run).config
     if mode == "new" and (saved.exists() or RunPaths(run).folds()):
         raise UserError(
-            f"{run} holds a run already; add --resume auto to continue it, --replace to train it anew, or choose "
+            f"{run} holds a run already; add --resume auto to continue it, --replace to train it again, or choose "
             "another folder with training.output="
         )
     if mode in ("resume", "again") and saved.exists():
@@ -89,7 +89,7 @@ def open_run(
     paths = RunPaths(run)
     folds, environment_file = paths.folds_file, paths.environment
     if mode == "resume" and folds.exists() and environment_file.exists():
-        before = read_json(environment_file, "train anew with --replace").get("data_sha256")
+        before = read_json(environment_file, "train again with --replace").get("data_sha256")
         if read_folds(folds) != plan or before != data_fingerprint:
             raise UserError(
                 f"{run}: the data changed since the run began (clips, labels, frames or preparation); prepare them as "
@@ -128,7 +128,7 @@ def _refuse_other_config(saved: Path, config: Config, mode: Mode) -> None:
             if os.path.abspath(folder) in places[at]:
                 before["data"][side][at] = folder
     free = may_differ("resume")
-    remedy = "resume with the same configuration" if mode == "resume" else "add --replace to train anew"
+    remedy = "resume with the same configuration" if mode == "resume" else "add --replace to train again"
     names = [name.split(".", 1) for name in different_settings(before, now) if name not in free]
     differences = [f"{group}.{key} = {before[group][key]!r}, now it is {now[group][key]!r}" for group, key in names]
     if differences:

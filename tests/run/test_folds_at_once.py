@@ -135,7 +135,7 @@ def test_the_base_stays_divided_and_everybody_makes_the_same_passes(side):
 
 def test_the_log_names_the_fold_in_every_line_of_training(side):
     run, _, result = side
-    assert "Engine: DeepSpeed ZeRO-3 for the frozen LLM, divided among 2 processes" in result.stderr
+    assert "Engine: DeepSpeed ZeRO-3 for the frozen LLM, partitioned over 2 processes" in result.stderr
     for fold in FOLDS:
         assert f"Fold {fold}: Epoch 1: held-out f1_macro" in result.stderr
         assert list((run / "tensorboard" / f"fold-{fold:02d}").glob("events.*"))

@@ -101,7 +101,7 @@ def test_a_divided_llm_gives_the_answers_of_the_run(run, tiny_dataset, clip, tmp
         processes=2, program="aullm_dist.cli",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "divided among 2 processes" in result.stderr
+    assert "partitioned over 2 processes" in result.stderr
     found = answers_in(out.read_text())
     assert found.pop(str(video)) == written(logits(run)[clip[0]])
     check(found, run)

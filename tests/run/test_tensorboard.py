@@ -169,6 +169,6 @@ def test_a_run_whose_event_files_cannot_be_written_trains_on(tiny_dataset, tiny_
     (tmp_path / "run" / "tensorboard").write_text("in the way")
     assert train_here(*settings) == 0
     captured = capsys.readouterr()
-    assert captured.err.count("the run goes on without event files") == 1
+    assert captured.err.count("the run continues without event files") == 1
     assert "Traceback" not in captured.err
     assert "Held-out subjects" in captured.out

@@ -107,7 +107,9 @@ def uninterrupted(cluster, settings, tmp_path_factory):
 
 def test_two_nodes_train_zero3_on_nf4(uninterrupted):
     run, text = uninterrupted
-    assert "Engine: DeepSpeed ZeRO-3: parameters, gradients and optimizer state are divided among 2 processes" in text
+    assert (
+        "Engine: DeepSpeed ZeRO-3: parameters, gradients and optimizer state are partitioned over 2 processes" in text
+    )
     assert "not started again: it is done" in text
     assert re.search(r"Checkpoint written in \d+\.\d s; from a signal to a checkpoint on disk about", text)
     assert saved(run) == [1, 8, 16, 24]
@@ -216,7 +218,7 @@ def test_folds_side_by_side_on_two_nodes(cluster, settings, tmp_path):
     wait_for(lambda: ended(cluster, job), LONG, "the end")
     text = output.read_text()
     assert cluster.state(job) == "COMPLETED", text
-    assert "ZeRO-3 for the frozen LLM, divided among 2 processes" in text
+    assert "ZeRO-3 for the frozen LLM, partitioned over 2 processes" in text
     assert (saved(run, 0), saved(run, 1)) == ([1, 2], [1, 2])
     assert json.loads((run / "metrics.json").read_text())["num_clips"] == 24
     assert "not started again: it is done" in text

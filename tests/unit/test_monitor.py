@@ -110,7 +110,7 @@ def test_a_disk_that_fails_is_said_once_and_the_run_goes_on(tmp_path, monkeypatc
     later.failed("the same trouble")
     assert not later.works
     (message,) = said()
-    assert "the run goes on without event files" in message
+    assert "the run continues without event files" in message
     assert {"full": "No space left", "removed": "was removed", "in the way": "File exists"}[trouble] in message
 
 

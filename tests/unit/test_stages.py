@@ -1,4 +1,4 @@
-"""An answer in stages: logits add up, later stages start at nothing, and old checkpoints keep the old answer."""
+"""An answer in stages: logits add up, later stages start from the evidence, and old checkpoints keep the old answer."""
 
 from types import SimpleNamespace
 
@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from aullm_dist.config import from_dict, load, to_dict
+from aullm_dist.model.graph import AUGraph, GraphSizes, GraphStart
 from aullm_dist.model.losses import AsymmetricLoss
 from aullm_dist.model.projector import TokenHead
+from aullm_dist.model.relations import build_relations
 from aullm_dist.training.build import build_model
 from aullm_dist.training.objective import Objective
 
@@ -41,23 +43,40 @@ def inputs(built, branches=None):
 
 
 def move_heads(model):
-    """Give the heads that start at zero something to say."""
+    """Give the head that starts at zero something to say."""
     generator = torch.Generator().manual_seed(2)
-    heads = [*model.reasoner.au_head.parameters()]
-    heads += [*model.graph.answer.parameters()] if model.graph is not None else []
-    for parameter in heads:
+    for parameter in model.reasoner.au_head.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
 
 
 @pytest.mark.parametrize("settings", [(), ("model.readout=per_au",), ("model.structure=false",)])
-def test_at_first_the_answer_is_that_of_the_evidence(build, settings):
+def test_at_first_the_deduction_adds_nothing(build, settings):
     _, built = build(*settings)
     given = inputs(built)
     output = built.model.eval()(*given)
-    torch.testing.assert_close(output.logits, output.evidence_logits[given[3][:, 0]], rtol=0, atol=0)
+    before = output.evidence_logits[given[3][:, 0]]
     assert built.stages == (("evidence", "structure") if built.relations else ("evidence",))
     if built.relations:
-        torch.testing.assert_close(output.graph_logits, output.evidence_logits[given[1]], rtol=0, atol=0)
+        before = before + (output.graph_logits - output.evidence_logits[given[1]])[given[3][:, 1]]
+    torch.testing.assert_close(output.logits, before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [64, 4096])
+def test_at_first_the_structure_says_again_what_the_evidence_says(width):
+    """Through the instruction token; the wider it is, the less the rest of it is in the way."""
+    torch.manual_seed(0)
+    sizes = GraphSizes(cell_dim=64, high_dim=256, llm_dim=width)
+    graph = AUGraph(build_relations(AUS), sizes, GraphStart(embedding_rms=0.02), amends=True).eval()
+    evidence = torch.randn(200, len(AUS)) * 3
+    with torch.no_grad():
+        given = graph(torch.rand(200, 162, 64), torch.rand(200, 256), evidence=evidence)
+        read = graph.answer(graph.scale(graph.around(torch.tanh(evidence / 2))))
+    said = 2 * torch.tanh(evidence / 2)
+    # The token has a fixed size: answers of clips with weak evidence are scaled up.
+    size = torch.tanh(evidence / 2).square().mean(1, keepdim=True).sqrt()
+    torch.testing.assert_close(read, said / size, rtol=1e-3, atol=1e-4)
+    alike = torch.corrcoef(torch.stack([given.logits.flatten(), said.flatten()]))[0, 1]
+    assert alike > {64: 0.7, 4096: 0.9}[width]
 
 
 @pytest.mark.parametrize("settings", [(), ("model.readout=per_au",)])

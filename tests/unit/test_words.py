@@ -34,30 +34,8 @@ WORDS = {
     r"without values": "on the meta device, shape-only",
     r"suffixes that nobody reads": "padding suffixes",
 }
-# Where a word stays for now: by file, with the words around it.
+# Names of parameters and fields, where a word stays: by file, with the words around it.
 ALLOWED = {
-    # Quoted by tests of whole runs, or in docs/training.md.
-    "aullm_dist/config/model_settings.py": ("with suffixes that nobody reads",),
-    "aullm_dist/monitoring/events.py": ("the run goes on without event files",),
-    "aullm_dist/distributed/context.py": ("divided among",),
-    "aullm_dist/doctor/local.py": ("a build is going on or was killed",),
-    # Messages that no test quotes: they may be rewritten at any time.
-    "aullm_dist/planning/advice.py": ("the LLM is divided, and sent in every micro-batch",),
-    "aullm_dist/planning/backbone_check.py": (", beside",),
-    "aullm_dist/planning/planner.py": ("its code does not run on tensors without values",),
-    "aullm_dist/planning/report.py": ("attention, what is computed anew",),
-    "aullm_dist/runs/workspace.py": (
-        "train anew with --replace",
-        "--replace to train anew",
-        "--replace to train it anew",
-    ),
-    # Output of benchmarks/load_memory.py and of a run.
-    "docs/benchmarks/load_memory.md": ("whole on each, then divided",),
-    "docs/engines.md": ("gradients and optimizer state are divided among 2 processes",),
-    "docs/monitoring.md": ("the run goes on without event files",),
-    # The output of `aullm-dist config`.
-    "docs/training.md": ("with suffixes that nobody reads",),
-    # Names of parameters and fields.
     "aullm_dist/distributed/engine.py": ("divided: whether its frozen LLM is in pieces",),
     "aullm_dist/planning/recorder.py": ("anew: whether that forward pass happens",),
     "aullm_dist/planning/trace.py": ("divided: linear layers as DeepSpeed's ZeRO-3",),
