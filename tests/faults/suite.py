@@ -12,6 +12,7 @@ import argparse
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -176,9 +177,13 @@ class Suite:
         row = self.rows.setdefault("second run into the same folder", Row())
         row.tried += 1
         pids = begin(self.alone.settings(run), self.folder / "life")
-        while not (run / ".fold-00.lock").exists():
+        lock = run / ".fold-00.lock"
+        while not (lock.exists() and lock.stat().st_size):  # who holds it writes its name into it
             time.sleep(0.05)
+        # It holds still, or it might end before the second comes to look.
+        _signal(pids, signal.SIGSTOP)
         second = live(self.alone.settings(run), self.folder / "second")
+        _signal(pids, signal.SIGCONT)
         assert second.codes[0] == 2, second.log
         assert "is being trained by another run" in second.log, second.log
         assert wait(pids, self.folder / "life").codes == [0, 0]
@@ -228,6 +233,11 @@ def planned(
     for repeat in range(repeats):
         for index, operation in enumerate(range(1, OPERATIONS + 1, every)):
             yield Kill("save", everybody=(index + repeat) % 2 == 0, operation=operation, victim=draw.choice(savers))
+
+
+def _signal(pids: Sequence[int], number: int) -> None:
+    for pid in pids:
+        os.kill(pid, number)
 
 
 def _damage(path: Path, how: str) -> None:

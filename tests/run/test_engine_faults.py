@@ -32,12 +32,12 @@ def short(dataset, llm, run, **changes) -> list[str]:
 
 
 @pytest.mark.parametrize(("quantization", "checkpointing"), [("none", "none"), ("nf4", "non_reentrant")])
-def test_the_frozen_base_is_gathered_by_steps_alone(small_dataset, tmp_path, quantization, checkpointing):
+def test_the_frozen_base_is_gathered_by_steps_alone(tiny_dataset, tmp_path, quantization, checkpointing):
     """A step gathers each layer for its forward and for its backward pass, a save neither gathers nor writes it."""
     llm = build_tiny_backbone(tmp_path / "llama", hidden=256, layers=8, heads=4)
     strategy = partition_everything(tmp_path, ahead=0)
     settings = short(
-        small_dataset, llm, tmp_path / "run", training__strategy=strategy, model__quantization=quantization,
+        tiny_dataset, llm, tmp_path / "run", training__strategy=strategy, model__quantization=quantization,
         model__activation_checkpointing=checkpointing,
     )  # fmt: skip
     result = fork(*settings, processes=2, program=PROBE, environment={"PROBE_FOLDER": str(tmp_path)})

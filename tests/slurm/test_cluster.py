@@ -44,7 +44,7 @@ def cluster():
 
 
 @pytest.fixture(scope="module")
-def settings(small_dataset, tiny_llm, tmp_path_factory):
+def settings(tiny_dataset, tiny_llm, tmp_path_factory):
     """ZeRO-3 with everything divided, NF4, two micro-batches per step on each of two nodes."""
     strategy = partition_everything(tmp_path_factory.mktemp("strategies"))
 
@@ -61,7 +61,7 @@ def settings(small_dataset, tiny_llm, tmp_path_factory):
             "model__quantization": "nf4",
             "data__fold": 0,
         }
-        return overrides(small_dataset, tiny_llm, run, **common | changes)
+        return overrides(tiny_dataset, tiny_llm, run, **common | changes)
 
     return of
 
