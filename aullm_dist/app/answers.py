@@ -62,6 +62,7 @@ class PageAnswerer:
                 aus=asked.aus,
                 thresholds=asked.thresholds,
                 crop=asked.clips.crop,
+                caveats=asked.caveats,
             )
             explanation = explain_only_clip(asked)
             picture = describe_picture(asked, predictions, explanation, upload.name)

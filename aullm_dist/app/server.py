@@ -8,7 +8,7 @@ token that is shown to the user alone.
 import hmac
 import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -55,6 +55,7 @@ class PageServer(ThreadingHTTPServer):
         answerer: the model.
         uploads: where clips are stored.
         model: what the page says of the model, label by label.
+        caveats: what it says above everything else, as sentences without a full stop.
 
     Raises:
         UserError: the port is taken or not allowed.
@@ -62,8 +63,15 @@ class PageServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, port: int, answerer: PageAnswerer, uploads: Uploads, model: Mapping[str, str]) -> None:
-        self.answerer, self.uploads, self.model = answerer, uploads, model
+    def __init__(
+        self,
+        port: int,
+        answerer: PageAnswerer,
+        uploads: Uploads,
+        model: Mapping[str, str],
+        caveats: Sequence[str],
+    ) -> None:
+        self.answerer, self.uploads, self.model, self.caveats = answerer, uploads, model, caveats
         self.token = secrets.token_urlsafe(16)
         self.answers: dict[str, Answer] = {}
         """The latest answer to each clip, for the downloads."""
@@ -80,14 +88,16 @@ class PageServer(ThreadingHTTPServer):
         return f"http://{LOOPBACK}:{self.server_port}/{self.token}/"
 
 
-def open_server(port: int, answerer: PageAnswerer, uploads: Uploads, model: Mapping[str, str]) -> PageServer:
+def open_server(
+    port: int, answerer: PageAnswerer, uploads: Uploads, model: Mapping[str, str], caveats: Sequence[str] = ()
+) -> PageServer:
     """Return a server that listens, as `PageServer` describes it.
 
     Raises:
         UserError: the port is taken or not allowed.
     """
     try:
-        return PageServer(port, answerer, uploads, model)
+        return PageServer(port, answerer, uploads, model, caveats)
     except OSError as error:
         raise UserError(f"--port {port}: {error.strerror}; allowed: a free port, or 0 for any") from error
 
@@ -190,7 +200,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _page(self) -> _Reply:
         nonce = secrets.token_urlsafe(16)
-        page = render_page(self.server.model, {"max_bytes": self.server.uploads.max_bytes}, nonce)
+        setup = {"max_bytes": self.server.uploads.max_bytes}
+        page = render_page(self.server.model, self.server.caveats, setup, nonce)
         return _Reply(page.encode(), "text/html; charset=utf-8", policy=content_policy(nonce))
 
     def _begin(self) -> _Reply:

@@ -77,7 +77,7 @@ def _serve(args: argparse.Namespace, answerer: "Answerer", crop: str) -> None:
     answers = PageAnswerer(answerer, args.crop)
     with tempfile.TemporaryDirectory(prefix="aullm-dist-app-", ignore_cleanup_errors=True) as folder:
         uploads = Uploads(Path(folder), args.max_mb << 20)
-        with open_server(args.port, answers, uploads, _model_facts(answerer, crop)) as server:
+        with open_server(args.port, answers, uploads, _model_facts(answerer, crop), answerer.caveats) as server:
             logger.info("The page, for this machine alone; Ctrl-C ends it:")
             sys.stdout.write(f"{server.address}\n")
             sys.stdout.flush()

@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         aus=answerer.aus,
         thresholds=answerer.thresholds,
         crop=answerer.clips.crop,
+        caveats=answerer.caveats,
     )
     context.on_main(answerer.accelerator, lambda: _write(args, answerer, predictions))
     answerer.close()
@@ -116,6 +117,7 @@ def _write(args: argparse.Namespace, answerer: "Answerer", predictions: "Predict
 def _print(
     args: argparse.Namespace, predictions: "Predictions", labelled: "np.ndarray", times: tuple[float, float]
 ) -> None:
+    from aullm_dist.evaluation.caveats import caveat_notes
     from aullm_dist.log import get_logger
     from aullm_dist.prediction.report import render_csv, render_json, render_text, scores
 
@@ -129,5 +131,7 @@ def _print(
         "%d clip%s in %.1f s (%.1f clips/s), after %.1f s of loading%s",
         count, "" if count == 1 else "s", seconds, count / seconds, loading, f": {args.out}" if args.out else "",
     )  # fmt: skip
-    for line in scores(predictions, labelled):
+    # The text on stdout says it itself; CSV cannot, and a file is not seen.
+    told = caveat_notes(predictions.caveats) if args.out or args.csv else ()
+    for line in (*scores(predictions, labelled), *told):
         logger.info("%s", line)

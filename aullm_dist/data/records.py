@@ -1,14 +1,17 @@
 """Reads the JSON files of a prepared dataset: our `report.json`, `dataset_info.json` and `state.json` of `datasets`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from aullm_dist.errors import UserError, file_errors
 from aullm_dist.files import is_taken, read_json
 
-__all__ = ["INFO_NAME", "REPORT_NAME", "check_arrow_records", "read_report"]
+__all__ = ["INFO_NAME", "REPORT_NAME", "SPEC_FILE", "check_arrow_records", "is_synthetic", "read_report"]
 
 REPORT_NAME, INFO_NAME = "report.json", "dataset_info.json"
+SPEC_FILE = "SYNTHETIC.json"
+"""File in a corpus's root that says the corpus is synthetic and how it was made; loaders need not know it."""
 _STATE_NAME = "state.json"
 _COPY_AGAIN = "copy the dataset again, or remove it and prepare the corpus again"
 
@@ -31,6 +34,16 @@ def read_report(folder: Path, remedy: str = _COPY_AGAIN) -> dict[str, Any] | Non
     if not isinstance(report["corpus"], str) or not isinstance(report.get("root", ""), str):
         raise UserError(f"{path}: is no report of a preparation; {remedy}")
     return report
+
+
+def is_synthetic(report: Mapping[str, Any]) -> bool:
+    """Whether the faces of a dataset are known to be drawn, by its report.
+
+    Older reports do not say; their corpus does, where it still is.
+    """
+    if "synthetic" in report:
+        return report["synthetic"] is True
+    return "root" in report and (Path(report["root"]) / SPEC_FILE).is_file()
 
 
 def check_arrow_records(folder: Path) -> None:

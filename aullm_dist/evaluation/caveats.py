@@ -1,4 +1,4 @@
-"""Lists what limits the scores of a run, to be shown before its numbers: drawn faces, an LLM of random weights."""
+"""Lists what limits the scores of a run and the answers of a model: drawn faces, an LLM of random weights."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,7 +13,12 @@ from aullm_dist.runs.recorded import find_recorded
 SYNTHETIC = "the faces are synthetic: the scores show that the machinery works and say nothing about real faces"
 RANDOM_LLM = "the LLM is the tiny one, whose weights are random: the scores say nothing about a pretrained LLM"
 KNOWN_CAVEATS = (SYNTHETIC, RANDOM_LLM)
-_MARKS = {SYNTHETIC: "synthetic faces", RANDOM_LLM: "random LLM"}
+_SYNTHETIC_MARK, _RANDOM_MARK = "synthetic faces", "random LLM"
+_MARKS = {SYNTHETIC: _SYNTHETIC_MARK, RANDOM_LLM: _RANDOM_MARK}
+_OF_MODELS = {
+    _SYNTHETIC_MARK: "the model was trained on synthetic faces: its answers say nothing about real faces",
+    _RANDOM_MARK: "its LLM is the tiny one, whose weights are random: its answers say nothing about a pretrained LLM",
+}
 
 
 def caveats(runs: Sequence[Path | str]) -> list[str]:
@@ -33,6 +38,20 @@ def caveats(runs: Sequence[Path | str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def model_marks(*, synthetic: bool, random_llm: bool) -> list[str]:
+    """Return what holds of a model in a word or two each, as a release records it."""
+    return [mark for mark, holds in ((_SYNTHETIC_MARK, synthetic), (_RANDOM_MARK, random_llm)) if holds]
+
+
+def model_caveats(marks: Sequence[str]) -> tuple[str, ...]:
+    """Return what limits the answers of a model, as sentences without a full stop.
+
+    Args:
+        marks: from `model_marks`; one that a later version recorded stands for itself.
+    """
+    return tuple(_OF_MODELS.get(mark, f"recorded with the model: {mark}") for mark in marks)
+
+
 def caveat_notes(sentences: Sequence[str]) -> tuple[str, ...]:
     """Return them as the notes of a table."""
     return tuple(f"Note: {sentence}." for sentence in sentences)
@@ -49,9 +68,7 @@ def marked(blocks: Sequence[Block], sentences: Sequence[str]) -> list[Block]:
 def _is_drawn(run: Path, config: Config) -> bool:
     if not config.data.train:
         return True
-    # The generator's own constants; what it imports is not wanted here.
-    from aullm_dist.data.records import read_report
-    from aullm_dist.data.synthetic.layouts import SPEC_FILE
+    from aullm_dist.data.records import is_synthetic, read_report
 
     for recorded in (*config.data.train, *config.data.test):
         folder = find_recorded(recorded, config.training.output, run.absolute() / "any")
@@ -59,16 +76,15 @@ def _is_drawn(run: Path, config: Config) -> bool:
             report = read_report(folder or Path(recorded))
         except UserError:
             continue  # a dataset that is gone says nothing
-        if report and "root" in report and (Path(report["root"]) / SPEC_FILE).is_file():
+        if report and is_synthetic(report):
             return True
     return False
 
 
 def _is_random(run: Path, config: Config) -> bool:
-    from aullm_dist.llm.tiny import RECIPE_FILE
+    from aullm_dist.llm.tiny import is_tiny
 
     llm = config.model.llm
-    if llm in ("tiny", "none"):
-        return llm == "tiny"
-    folder = find_recorded(llm, config.training.output, run.absolute() / "any")
-    return folder is not None and (folder / RECIPE_FILE).is_file()
+    if llm == "none":
+        return False
+    return is_tiny(str(find_recorded(llm, config.training.output, run.absolute() / "any") or llm))

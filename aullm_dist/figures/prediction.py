@@ -30,6 +30,8 @@ _IDLE = "#B9CFE4"
 """Bars of AUs that are not active: lighter than the active ones in gray, too."""
 _TITLE = 60
 """Characters of a clip's name; of a longer one the end is shown, which tells clips of one corpus apart."""
+_FOOT = 160
+"""Characters of a line at the foot."""
 _LEAST_CHANGE = 8.0
 """Gray levels that the colour scale of changes reaches at least: noise must not look like movement."""
 _MAP_INCHES, _GRAPH_INCHES = (2.9, 3.45), (4.2, 3.8)
@@ -61,6 +63,8 @@ class PredictionPicture:
     model: str
     clip_size: int
     """Side in pixels of the clip as the model saw it."""
+    caveats: Sequence[str] = ()
+    """What a reader must know of the model, as sentences without a full stop."""
     grid: tuple[int, int, int] | None = None
     evidence: np.ndarray | None = None
     """`[N]` attention over the cells of `grid`, the mean of the heads; None for a model that has none."""
@@ -90,9 +94,14 @@ def draw_prediction(picture: PredictionPicture) -> Figure:
     onset, _, last = picture.numbers
     clip = picture.clip if len(picture.clip) <= _TITLE else f"...{picture.clip[-_TITLE:]}"
     figure.suptitle(f"{clip}, frames {onset} to {last}", fontsize=FONT_POINTS + 4, x=0.02, ha="left")
-    policy = textwrap.fill(f"Thresholds: {picture.policy}", 160)
-    figure.supxlabel(f"{policy}\nModel: {picture.model}\n{_NOTE}", fontsize=FONT_POINTS - 1, x=0.02, ha="left")
+    foot = [f"Thresholds: {picture.policy}", f"Model: {picture.model}", *_sentences(picture.caveats), _NOTE]
+    text = "\n".join(textwrap.fill(line, _FOOT) for line in foot)
+    figure.supxlabel(text, fontsize=FONT_POINTS - 1, x=0.02, ha="left")
     return figure
+
+
+def _sentences(texts: Sequence[str]) -> list[str]:
+    return [f"{text[0].upper()}{text[1:]}." for text in texts]
 
 
 def render_prediction(picture: PredictionPicture, suffix: str) -> bytes:

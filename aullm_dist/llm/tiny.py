@@ -33,6 +33,11 @@ _FILES = (RECIPE_FILE, "config.json", "model.safetensors", "tokenizer.json", "to
 _RECIPE_VERSION = 1
 
 
+def is_tiny(llm: str) -> bool:
+    """Whether an LLM, by setting, folder or Hugging Face name, is a tiny backbone, whose weights are random."""
+    return llm == "tiny" or (Path(llm) / RECIPE_FILE).is_file()
+
+
 def build_tiny_backbone(
     folder: str | os.PathLike,
     *,

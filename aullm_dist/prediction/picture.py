@@ -52,6 +52,7 @@ def describe_picture(
         thresholds=predictions.limits,
         policy=predictions.thresholds.policy,
         model=predictions.model,
+        caveats=predictions.caveats,
         clip_size=answerer.config.data.size,
         grid=None if evidence is None else network.visual.cell_grid,
         evidence=None if evidence is None else evidence[0].mean(dim=0).numpy(),

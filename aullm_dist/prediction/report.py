@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from aullm_dist.evaluation.answers import Answers
+from aullm_dist.evaluation.caveats import caveat_notes
 from aullm_dist.evaluation.metrics import probability_of, summarise
 from aullm_dist.facs import AU_NAMES, au_name
 from aullm_dist.release.origin import Thresholds
@@ -29,6 +30,8 @@ class Predictions:
     thresholds: Thresholds
     crop: str | None = None
     """Of folders and videos; None where there are none."""
+    caveats: tuple[str, ...] = ()
+    """What a reader must know of the model, as sentences without a full stop."""
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -53,7 +56,8 @@ def render_text(predictions: Predictions) -> str:
         width = max(map(len, predictions.answers.sample_ids))
         lines = [f"{clip:<{width}}  {_active(predictions.aus, values, active)}" for clip, values, active in rows]
         lines.append("")
-    return "\n".join([*lines, f"Thresholds: {predictions.thresholds.policy}", ""])
+    last = [f"Thresholds: {predictions.thresholds.policy}", *caveat_notes(predictions.caveats)]
+    return "\n".join([*lines, *last, ""])
 
 
 def _table(predictions: Predictions, clip: str, values: np.ndarray, active: np.ndarray) -> list[str]:
@@ -94,6 +98,7 @@ def render_json(predictions: Predictions) -> str:
     )  # fmt: skip
     content = {
         "model": predictions.model,
+        "caveats": list(predictions.caveats),
         "crop": predictions.crop,
         "threshold_policy": predictions.thresholds.policy,
         "clips": [

@@ -15,10 +15,11 @@ from aullm_dist.data.inputs import InputClips
 from aullm_dist.distributed import context, engine
 from aullm_dist.errors import UserError
 from aullm_dist.evaluation.answers import Answers
+from aullm_dist.evaluation.caveats import model_caveats
 from aullm_dist.log import get_logger
 from aullm_dist.release.layout import is_release
 from aullm_dist.release.loading import load
-from aullm_dist.release.origin import Thresholds, choose_release_thresholds, find_home, find_preparation
+from aullm_dist.release.origin import Thresholds, choose_release_thresholds, find_home, find_marks, find_preparation
 from aullm_dist.release.predicting import crops_of
 from aullm_dist.runtime.launch import check_launch
 from aullm_dist.training.batches import ClipRecipe
@@ -69,6 +70,8 @@ class Answerer:
     config: Config
     crops: tuple[str, ...]
     """Identities of the crops that the model was trained on; none where they are not known."""
+    caveats: tuple[str, ...]
+    """What a reader must know before any answer, as sentences without a full stop."""
     clips: InputClips
 
     def asked(self, options: InputOptions) -> "Answerer":
@@ -126,7 +129,8 @@ def open_answerer(path: Path, overrides: Sequence[str], options: InputOptions) -
     config = trained.config
     accelerator = context.start(config.training)
     home = find_home(trained.folder)
-    crops = context.together(accelerator, lambda: crops_of(config, find_preparation(config, home).crop))
+    preparation = context.together(accelerator, lambda: find_preparation(config, home))
+    crops = context.together(accelerator, lambda: crops_of(config, preparation.crop))
     clips = context.together(accelerator, lambda: options.open(config, crops))
     built, served = load_trained(accelerator, trained)
     return Answerer(
@@ -139,6 +143,7 @@ def open_answerer(path: Path, overrides: Sequence[str], options: InputOptions) -
         thresholds=choose_release_thresholds(trained.folder, trained.aus, home),
         config=config,
         crops=crops,
+        caveats=model_caveats(find_marks(config, preparation)),
         clips=clips,
     )
 
@@ -169,6 +174,7 @@ def _of_release(path: Path, overrides: Sequence[str], options: InputOptions, pro
         thresholds=release.thresholds,
         config=config,
         crops=crops,
+        caveats=release.caveats,
         clips=clips,
     )
 

@@ -7,7 +7,7 @@ from aullm_dist.config import release_settings
 from aullm_dist.files import read_json
 from aullm_dist.model.prompt import Prompt
 from aullm_dist.release.layout import Format
-from aullm_dist.release.origin import Origin
+from aullm_dist.release.origin import Origin, find_marks
 
 
 def describe(origin: Origin, prompt: Prompt, format: Format) -> dict[str, Any]:
@@ -38,6 +38,7 @@ def describe(origin: Origin, prompt: Prompt, format: Format) -> dict[str, Any]:
             "crop": origin.preparation.crop,
         },
         "corpora": list(origin.preparation.corpora),
+        "caveats": find_marks(config, origin.preparation),
         "prompt": prompt_facts(prompt),
         "base": origin.base.to_json(),
         "function": function,

@@ -233,7 +233,7 @@ def _card_facts(origin: Origin, format: Format, scores: Path | None) -> CardFact
         raise UserError(f"{scores}: no scores for the card ({found.missing}); give a run that was evaluated")
     return CardFacts(
         format=format,
-        base=describe_base(origin.base.name),
+        base=describe_base(origin.base.name, origin.config.model.llm),
         counts=training_clips(home, origin.preparation, origin.aus),
         scores=found,
         scores_preface=_OWN_RUN if scores is None else _OTHER_RUN,

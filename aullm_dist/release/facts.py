@@ -15,13 +15,12 @@ from aullm_dist.errors import UserError
 from aullm_dist.evaluation.evaluate import score_run
 from aullm_dist.evaluation.scores import Metrics
 from aullm_dist.files import read_json
+from aullm_dist.llm.tiny import is_tiny
 from aullm_dist.log import get_logger
 from aullm_dist.release.origin import Home, Origin, Preparation
 from aullm_dist.runs.paths import RunPaths
 
 logger = get_logger(__name__)
-
-TINY_RECIPE = "tiny_backbone.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +109,8 @@ _QUANTISATIONS = {
 }
 
 
-def describe_base(name: str) -> Base:
-    """Return how to name an LLM that was given by folder or by Hugging Face name."""
+def describe_base(name: str, now: str | None = None) -> Base:
+    """Return how to name an LLM that was given by folder or by Hugging Face name; `now` is where it is if it moved."""
     folder = Path(name)
     hub_name = None if folder.is_absolute() or folder.exists() else name
     for part in folder.parts:
@@ -126,7 +125,7 @@ def describe_base(name: str) -> Base:
         title=hub_name or folder.name,
         hub_name=hub_name,
         licence=licence if isinstance(licence, str) else None,
-        is_random=(folder / TINY_RECIPE).is_file(),
+        is_random=is_tiny(name if now is None else now),
     )
 
 

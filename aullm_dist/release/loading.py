@@ -16,6 +16,7 @@ from aullm_dist.checkpoint.store import SavedState, read_checkpoint
 from aullm_dist.checkpoint.tensor_plan import ADAPTER_FILE, MODULES_FILE, plan_tensors
 from aullm_dist.config import Config, from_dict
 from aullm_dist.errors import UserError
+from aullm_dist.evaluation.caveats import model_caveats
 from aullm_dist.files import read_json, user_path
 from aullm_dist.llm.identity import BaseIdentity
 from aullm_dist.model.assembly import BuiltModel
@@ -30,7 +31,7 @@ from aullm_dist.release.layout import (
     is_release,
     read_release_manifest,
 )
-from aullm_dist.release.origin import Origin, Thresholds, find_origin
+from aullm_dist.release.origin import Origin, Thresholds, find_marks, find_origin
 from aullm_dist.release.predicting import Prediction, predict, views_of
 from aullm_dist.runtime.gpu import compute_float32_exactly
 from aullm_dist.training.build import build_model
@@ -60,6 +61,8 @@ class Release:
     """How the training clips were cropped, as their preparation recorded it; None where that is not known."""
     corpora: tuple[str, ...]
     """Corpora that the model was trained on."""
+    caveats: tuple[str, ...]
+    """What a reader must know before any answer: drawn faces, an LLM of random weights; sentences without full stop."""
     config: Config
     """The settings of its run, with the LLM where it is. A merged release has the LoRA of these in its LLM."""
     device: torch.device
@@ -163,9 +166,15 @@ def load_unchecked(
         size=preprocessing["size"],
         crop=preprocessing["crop"],
         corpora=tuple(described["corpora"]),
+        caveats=recorded_caveats(described),
         config=config,
         device=device,
     )
+
+
+def recorded_caveats(described: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what a release's config.json says of its answers; older releases say nothing."""
+    return model_caveats(described.get("caveats", ()))
 
 
 def _refuse_other_tokens(folder: Path, recorded: Mapping[str, Any], built: BuiltModel) -> None:
@@ -221,6 +230,7 @@ def load_origin(origin: Origin, device: torch.device) -> Release:
         size=config.data.size,
         crop=origin.preparation.crop,
         corpora=origin.preparation.corpora,
+        caveats=model_caveats(find_marks(config, origin.preparation)),
         config=config,
         device=device,
     )

@@ -14,13 +14,14 @@ from aullm_dist.checkpoint.entries import Manifest
 from aullm_dist.checkpoint.manifest import read_manifest
 from aullm_dist.config import Config
 from aullm_dist.data.protocols import FoldPlan, read_folds
-from aullm_dist.data.records import read_report
-from aullm_dist.data.synthetic.layouts import SPEC_FILE
+from aullm_dist.data.records import is_synthetic, read_report
 from aullm_dist.errors import UserError
+from aullm_dist.evaluation.caveats import model_marks
 from aullm_dist.evaluation.evaluate import THRESHOLD_POLICY
 from aullm_dist.evaluation.metrics import HEADLINE_THRESHOLD, probability_of
 from aullm_dist.evaluation.thresholds import choose_thresholds
 from aullm_dist.llm.identity import BaseIdentity
+from aullm_dist.llm.tiny import is_tiny
 from aullm_dist.log import get_logger
 from aullm_dist.runs.paths import RunPaths, fold_number
 from aullm_dist.runs.predictions import pool, read_predictions
@@ -155,13 +156,22 @@ def find_preparation(config: Config, home: Home | None) -> Preparation:
     crops = [{"name": name} for name in config.data.crops] or [_crop_of(report) for report in found.values()]
     known = bool(config.data.crops) or (bool(found) and len(found) == len(folders))
     same = known and all(crop == crops[0] for crop in crops)
-    drawn = [(Path(report.get("root", "")) / SPEC_FILE).is_file() for report in found.values()]
     return Preparation(
         corpora=_training_corpora(list(found.values()), home),
         crop=crops[0] if same else None,
         folders=tuple(found),
-        synthetic=not config.data.train or any(drawn),
+        synthetic=not config.data.train or any(map(is_synthetic, found.values())),
     )
+
+
+def find_marks(config: Config, preparation: Preparation) -> list[str]:
+    """Return what is known to limit the answers of a checkpoint (`evaluation.caveats.model_marks`).
+
+    Args:
+        config: with the LLM where it is.
+        preparation: of the clips that it was trained on.
+    """
+    return model_marks(synthetic=preparation.synthetic, random_llm=is_tiny(config.model.llm))
 
 
 def _now(folder: str, config: Config, home: Home | None) -> Path:

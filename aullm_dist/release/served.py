@@ -20,7 +20,7 @@ from aullm_dist.model.prompt import Prompt
 from aullm_dist.model.reasoner import Reasoner
 from aullm_dist.model.relations import build_relations
 from aullm_dist.release.layout import CONFIG_FILE, PROBE_FILE
-from aullm_dist.release.loading import Release
+from aullm_dist.release.loading import Release, recorded_caveats
 from aullm_dist.release.origin import Thresholds
 from aullm_dist.release.probe import answer_probe, read_probe
 from aullm_dist.release.splitting import NOTHING, PROMPT_FILE, words_of
@@ -131,6 +131,7 @@ def load_served(folder: Path, ask: Ask) -> Release:
         size=preprocessing["size"],
         crop=preprocessing["crop"],
         corpora=tuple(described["corpora"]),
+        caveats=recorded_caveats(described),
         config=config,
         device=torch.device("cpu"),
     )

@@ -44,7 +44,8 @@ def server(checkpoint, tmp_path_factory) -> Iterator[PageServer]:
     reset()
     answerer = open_answerer(checkpoint, [], InputOptions(inputs=()))
     uploads = Uploads(tmp_path_factory.mktemp("uploads"), 5 << 20)
-    with open_server(0, PageAnswerer(answerer, None), uploads, _model_facts(answerer, "none")) as served:
+    facts = _model_facts(answerer, "none")
+    with open_server(0, PageAnswerer(answerer, None), uploads, facts, answerer.caveats) as served:
         thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         yield served
@@ -86,6 +87,7 @@ def test_the_json_is_what_predict_says_of_the_same_frames(server, checkpoint, cl
             main(["predict", str(checkpoint), clip.name, "--json", "--onset", str(onset), "--offset", str(offset)]) == 0
         )
         assert told == json.loads(capsys.readouterr().out)
+        assert ["synthetic faces" in told["caveats"][0], "random" in told["caveats"][1]] == [True, True]
         # What the page shows is the same, and its ladder ends with it.
         assert [au["probability"] for au in told["clips"][0]["aus"]] == [au["probability"] for au in shown["aus"]]
         assert shown["stages"] == ["evidence", "structure", "deduction"]
@@ -112,6 +114,8 @@ def test_a_clip_goes_in_and_the_picture_comes_out(server, clip, tmp_path):
     with open_browser(tmp_path / "profile") as page:
         for width in (1280, 400):
             page.open(server.address, width)
+            banner = page.tell("document.querySelector('.caveats').innerText")
+            assert banner.startswith("The model was trained on synthetic faces")
             if width == 1280:
                 page.drop("#drop", [clip])
             else:

@@ -82,6 +82,26 @@ def test_an_adapter_release_answers_as_its_checkpoint(checkpoint, exported):
     assert release.thresholds == trained.thresholds
 
 
+def test_what_limits_the_model_goes_with_it(checkpoint, exported, merged, tmp_path):
+    marks = ["synthetic faces", "random LLM"]
+    for folder in (exported, merged):
+        assert json.loads((folder / "config.json").read_text())["caveats"] == marks
+    faces, llm = aullm_dist.load(exported).caveats
+    assert faces == "the model was trained on synthetic faces: its answers say nothing about real faces"
+    assert "weights are random" in llm
+    assert aullm_dist.load(merged).caveats == aullm_dist.load(checkpoint).caveats == (faces, llm)
+    # An older release says nothing; a newer one may know more.
+    copy = copy_of(exported, tmp_path)
+    described = json.loads((copy / "config.json").read_text())
+    facts = read_release_manifest(copy)
+    for recorded, said in ((None, ()), (["some other"], ("recorded with the model: some other",))):
+        described.pop("caveats", None)
+        described |= {} if recorded is None else {"caveats": recorded}
+        (copy / "config.json").write_text(json.dumps(described))
+        write_release_manifest(copy, facts)
+        assert aullm_dist.load(copy).caveats == said
+
+
 def test_a_merged_release_needs_no_base(merged, llm, checkpoint):
     expected = aullm_dist.load(checkpoint)
     hidden = llm.rename(llm.with_name("away"))

@@ -98,6 +98,14 @@ def frames(count: int = 4) -> dict[str, bytes]:
     return {f"img{number}.jpg": jpeg(60 + 20 * number) for number in range(count)}
 
 
+def test_what_limits_the_model_stands_above_everything_else(server):
+    assert b'class="caveats"' not in ask(server, "GET", "")[1]
+    server.caveats = ("drawn <faces>", "random")
+    page = ask(server, "GET", "")[1].decode()
+    assert "<p>Drawn &lt;faces&gt;.</p>\n<p>Random.</p>" in page
+    assert page.index('class="caveats" role="note"') < page.index("&lt;run&gt;") < page.index("<main>")
+
+
 def test_the_page_asks_nobody_else(server):
     status, content, headers = ask(server, "GET", "")
     page = content.decode()

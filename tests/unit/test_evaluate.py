@@ -343,6 +343,11 @@ def test_tables_say_that_faces_are_synthetic_and_the_llm_random(tmp_path):
     assert caveats([tmp_path]) == []
     (corpus / "SYNTHETIC.json").write_text("{}")
     assert caveats([tmp_path]) == [SYNTHETIC]
+    # Newer reports say it themselves: the corpus may be on another machine.
+    for root, drawn in ((tmp_path / "gone", True), (corpus, False)):
+        report = {"corpus": "casme2", "root": str(root), "synthetic": drawn}
+        (dataset / "report.json").write_text(json.dumps(report))
+        assert caveats([tmp_path]) == [SYNTHETIC] * drawn
     record.write_text("")
     (said,) = caveats([tmp_path])
     assert str(record) in said

@@ -1,6 +1,7 @@
 """Decisions, the frame worth showing, and answers as text, CSV and JSON."""
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -64,6 +65,14 @@ def test_json_says_what_csv_says_and_how_it_was_decided():
         "au": 12, "name": "Lip Corner Puller", "probability": pytest.approx(0.8807970779778823), "logit": 2.0,
         "threshold": 0.9, "active": False,
     }  # fmt: skip
+
+
+def test_what_limits_a_model_stands_with_its_answers():
+    said = "the model was trained on synthetic faces: its answers say nothing about real faces"
+    told = dataclasses.replace(predictions(), caveats=(said,))
+    assert render_text(told).endswith(f"Thresholds: chosen by hand\nNote: {said}.\n")
+    assert json.loads(render_json(told))["caveats"] == [said]
+    assert json.loads(render_json(predictions()))["caveats"] == []
 
 
 def test_only_clips_with_labels_are_scored():

@@ -71,6 +71,12 @@ def test_what_a_model_does_not_have_is_left_out(picture):
     assert "What the AUs tell each other" not in titles
 
 
+def test_what_limits_the_model_stands_at_the_foot(picture):
+    foot = draw_prediction(dataclasses.replace(picture, caveats=("drawn faces", "random LLM"))).get_supxlabel()
+    assert "\nDrawn faces.\nRandom LLM.\nProbabilities are not calibrated" in foot
+    assert "\nModel: run/fold-00\nProbabilities" in draw_prediction(picture).get_supxlabel()
+
+
 def test_maps_stand_alone_for_a_page(picture):
     parts = render_parts(picture)
     assert list(parts) == ["change", "evidence", "graph"]

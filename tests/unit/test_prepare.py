@@ -89,6 +89,7 @@ def test_report_counts_and_text(release):
     assert report["subjects"] == {"casme2/sub01": 2, "casme2/sub02": 1, "casme2/sub17": 1}
     assert report["workbook"]["file"].endswith("CASME2-coding-20190701.xlsx")
     assert len(report["workbook"]["sha256"]) == 64
+    assert report["synthetic"] is False
     text = render_report(report)
     assert "CASME II: 4 clips, 61 frames, 3 subjects" in text
     assert any(line.split() == ["AU4", "Brow", "Lowerer", "2", "50.0%"] for line in text.splitlines())

@@ -1,6 +1,7 @@
 """What a release folder holds, what its card says, and every way in which it is refused."""
 
 import datetime
+import json
 import shutil
 from pathlib import Path
 
@@ -89,6 +90,18 @@ def test_the_card_is_one_of_the_hub(exported, checkpoint):
     assert "95% CI of the mean" in card.text
     assert "Trained on drawn faces" in card.text
     assert "random weights" in card.text
+
+
+def test_the_card_knows_a_random_llm_that_was_moved(checkpoint, llm, tmp_path):
+    elsewhere, out = tmp_path / "elsewhere", tmp_path / "release"
+    shutil.copytree(llm, elsewhere)
+    hidden = llm.rename(llm.with_name("away"))
+    try:
+        export(checkpoint, out, format="adapter", record=False, llm=str(elsewhere), device="cpu")
+    finally:
+        hidden.rename(llm)
+    assert "random weights" in ModelCard.load(out / "README.md").text
+    assert json.loads((out / "config.json").read_text())["caveats"][1] == "random LLM"
 
 
 def test_the_scores_are_entries_of_the_hub(exported, checkpoint):

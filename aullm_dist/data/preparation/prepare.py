@@ -30,7 +30,7 @@ from aullm_dist.data.crops import Crop, get_crop
 from aullm_dist.data.manifest import check_dataset, write_dataset_manifest
 from aullm_dist.data.preparation.matching import plan_clips
 from aullm_dist.data.preparation.shards import BadClips, ShardTask, run_shard, shard_key, shard_paths
-from aullm_dist.data.records import REPORT_NAME, read_report
+from aullm_dist.data.records import REPORT_NAME, SPEC_FILE, read_report
 from aullm_dist.data.tables import open_part, write_arrow, write_parquet
 from aullm_dist.errors import UserError, file_errors
 from aullm_dist.files import is_new_or_empty, user_path
@@ -288,6 +288,8 @@ def _report(
         "corpus": index.corpus,
         "title": spec.title,
         "root": str(user_path(root).absolute()),
+        # The corpus may be elsewhere, or gone, when somebody asks.
+        "synthetic": (user_path(root) / SPEC_FILE).is_file(),
         "frames_root": str(index.frames_root),
         "workbook": {"file": str(index.table.file), "sheet": index.table.sheet, "sha256": index.table.sha256()},
         "size": size,

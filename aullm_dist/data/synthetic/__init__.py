@@ -8,8 +8,9 @@ loaders read them.
 """
 
 from aullm_dist.data.corpora.drawn import ClipPlan, Movement
+from aullm_dist.data.records import SPEC_FILE
 from aullm_dist.data.synthetic.labels import plan_clips
-from aullm_dist.data.synthetic.layouts import SPEC_FILE, write_corpus
+from aullm_dist.data.synthetic.layouts import write_corpus
 from aullm_dist.data.synthetic.spec import DAMAGES, SHIFTS, SyntheticSpec
 
 __all__ = [

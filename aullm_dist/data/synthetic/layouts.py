@@ -21,14 +21,12 @@ from PIL import Image
 
 from aullm_dist.data.corpora import Columns
 from aullm_dist.data.corpora.drawn import NOTICE, Cell, Layout
+from aullm_dist.data.records import SPEC_FILE
 from aullm_dist.data.sheets import column_key
 from aullm_dist.data.synthetic.faces import Subject
 from aullm_dist.data.synthetic.labels import plan_clips
 from aullm_dist.data.synthetic.spec import DAMAGES, Damage, SyntheticSpec
 from aullm_dist.errors import UserError
-
-SPEC_FILE = "SYNTHETIC.json"
-"""File in the corpus's root that says the corpus is synthetic and how it was made; loaders need not know it."""
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
