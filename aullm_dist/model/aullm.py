@@ -195,16 +195,16 @@ class AULLM(nn.Module):
         cells, high = self.visual(views)
         evidence = self.projector(cells, high)
         content, said = evidence.token, evidence.logits
-        instruction, graph_logits = None, None
-        if self.graph is not None:
-            structure = self.graph(cells, high, view_index, edge_mask, evidence=said)
-            instruction, graph_logits = structure.token, structure.logits
-        # The logits of a stage are read of its token, and go with it.
+        # The logits of a stage are read of its token, and go with it, also to the graph, which is given them.
         if ablate == "content":
             content = torch.zeros_like(content)
             if self.projector.au_head is not None:
                 said = self.projector.au_head(content)
-        elif ablate == "instruction" and instruction is not None:
+        instruction, graph_logits = None, None
+        if self.graph is not None:
+            structure = self.graph(cells, high, view_index, edge_mask, evidence=said)
+            instruction, graph_logits = structure.token, structure.logits
+        if ablate == "instruction" and instruction is not None:
             instruction = torch.zeros_like(instruction)
             if said is not None and graph_logits is not None:
                 graph_logits = torch.zeros_like(graph_logits)

@@ -111,6 +111,12 @@ def test_logits_of_a_stage_go_with_its_token(build):
     with torch.no_grad():
         whole, blind, loose = (model(*given, ablate) for ablate in (None, "content", "instruction"))
     torch.testing.assert_close(blind.evidence_logits, model.projector.au_head.bias.expand(2, -1))
+    views, view_index, mask, _ = given
+    cells, high = model.visual(views)
+    graph = model.graph(cells, high, view_index, mask, evidence=blind.evidence_logits)
+    torch.testing.assert_close(
+        blind.graph_logits, blind.evidence_logits[view_index] + graph.logits, rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(loose.evidence_logits, whole.evidence_logits)
     torch.testing.assert_close(loose.graph_logits, whole.evidence_logits[given[1]])
     for output in (blind, loose):
