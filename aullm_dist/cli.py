@@ -29,9 +29,9 @@ COMMANDS = {
     "predict": "predict the AUs of clips with a trained model",
     "app": "serve a page on this machine to try a model on a clip",
     "merge": "write a trained LLM with its LoRA merged, or a release folder",
-    "dataset": "inspect prepared datasets",
-    "checkpoint": "inspect checkpoints",
-    "release": "inspect release folders",
+    "dataset": "verify prepared datasets",
+    "checkpoint": "verify checkpoints",
+    "release": "verify a release folder, or split it for a server of LLMs",
     "doctor": "check this machine, or under srun the nodes of a job",
     "completion": "print a script with which a shell completes commands and settings",
     "requeue": "decide whether a SLURM job that ended is started again",
@@ -103,7 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="aullm-dist",
         description="Distributed training of AULLM++: action unit detection in micro-expression clips with LLMs.",
-        epilog="With launcher options of your own: accelerate launch --quiet aullm_dist/train.py [--config FILE] ...",
+        epilog="Options of a command: aullm-dist COMMAND --help. A first run needs neither corpus nor LLM: "
+        "aullm-dist train. With launcher options of your own: accelerate launch --quiet aullm_dist/train.py "
+        "[--config FILE] ...",
     )
     parser.add_argument("--version", action="version", version=f"aullm-dist {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

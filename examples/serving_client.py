@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"largest difference of a logit on the release's probe clips: {largest_difference(release):.1e}")
     if not args.clips:
         return 0
+    for text in release.caveats:
+        print(f"Note: {text}.", file=sys.stderr)
     clips = InputClips(args.clips, size=release.size, trained=crops_of(release.config, release.crop))
     for index in range(len(clips)):
         logits = explain_clip(release.model, clips.clip(index), release.num_frames, release.device).logits[0]

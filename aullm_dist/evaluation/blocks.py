@@ -21,6 +21,8 @@ class Block:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
+    mark: str = ""
+    """What must stay with the numbers wherever they go, in a few words; titles have it already, and LaTeX a row."""
 
 
 def percent(value: float | None) -> str:
@@ -65,7 +67,11 @@ def render_latex(block: Block) -> str:
     header, rows = (block.header, block.rows) if block.header[0] != _AU else _turned(block)
     lines = _comments(block.title)
     lines.append(rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}")
-    lines += [r"\hline", _row(header), r"\hline", *map(_row, rows), r"\hline", r"\end{tabular}"]
+    lines += [r"\hline", _row(header), r"\hline", *map(_row, rows), r"\hline"]
+    if block.mark:
+        # Comments are not printed.
+        lines.append(rf"\multicolumn{{{len(header)}}}{{l}}{{{_escaped(block.mark)}}} \\")
+    lines.append(r"\end{tabular}")
     lines += _comments(block.notes)
     return "\n".join(lines) + "\n"
 

@@ -17,7 +17,7 @@ _SYNTHETIC_MARK, _RANDOM_MARK = "synthetic faces", "random LLM"
 _MARKS = {SYNTHETIC: _SYNTHETIC_MARK, RANDOM_LLM: _RANDOM_MARK}
 _OF_MODELS = {
     _SYNTHETIC_MARK: "the model was trained on synthetic faces: its answers say nothing about real faces",
-    _RANDOM_MARK: "its LLM is the tiny one, whose weights are random: its answers say nothing about a pretrained LLM",
+    _RANDOM_MARK: "the model's LLM has random weights: its answers say nothing about a pretrained LLM",
 }
 
 
@@ -57,12 +57,24 @@ def caveat_notes(sentences: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"Note: {sentence}." for sentence in sentences)
 
 
+def marks_of(sentences: Sequence[str]) -> str:
+    """Return what is known in a word or two each, for a title; empty where nothing is."""
+    return ", ".join(mark for sentence, mark in _MARKS.items() if sentence in sentences)
+
+
+def in_title(sentences: Sequence[str]) -> str:
+    """Return the same in parentheses, to follow a title."""
+    marks = marks_of(sentences)
+    return f" ({marks})" if marks else ""
+
+
 def marked(blocks: Sequence[Block], sentences: Sequence[str]) -> list[Block]:
-    """Return tables whose titles name what is known, in a word or two: a table is copied without its notes."""
-    marks = ", ".join(mark for sentence, mark in _MARKS.items() if sentence in sentences)
-    if not marks:
-        return list(blocks)
-    return [dataclasses.replace(block, title=(f"{block.title[0]} ({marks})", *block.title[1:])) for block in blocks]
+    """Return tables whose titles name what is known: a table is copied without its notes."""
+    known = {"title": in_title(sentences), "mark": marks_of(sentences)}
+    return [
+        dataclasses.replace(block, title=(block.title[0] + known["title"], *block.title[1:]), mark=known["mark"])
+        for block in blocks
+    ]
 
 
 def _is_drawn(run: Path, config: Config) -> bool:

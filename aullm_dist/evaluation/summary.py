@@ -10,6 +10,7 @@ from aullm_dist.config import Config
 from aullm_dist.data.protocols import read_folds
 from aullm_dist.errors import UserError
 from aullm_dist.evaluation.blocks import percent
+from aullm_dist.evaluation.caveats import caveats, in_title
 from aullm_dist.evaluation.evaluate import evaluate_run, write_thresholds
 from aullm_dist.evaluation.ladder import answers_of_last_evaluation
 from aullm_dist.evaluation.metrics import probability_of, summarise
@@ -57,7 +58,8 @@ def print_summaries(folders: Mapping[str, Path], sweep: Path) -> None:
         for network, folder in {"": run, **RunPaths(run).baselines()}.items()
     ]
     width = max(len(label) for label, _ in lines) + 2
-    out(f"\n{'run':<{width}}{'f1_macro':>9}{'auc':>7}   mean over AUs, in percent\n")
+    known = in_title(caveats(list(folders.values())))
+    out(f"\n{'run':<{width}}{'f1_macro':>9}{'auc':>7}   mean over AUs, in percent{known}\n")
     for label, scores in lines:
         out(f"{label:<{width}}{scores}\n")
     out(f"\nRun folders  {command(*folders.values())}\n")
@@ -94,7 +96,7 @@ def _write_comparison(run: Path, metrics: Metrics, network: str) -> None:
             logger.warning("%s cannot be scored: %s", label, error)
     rows.append(("floor: never predicting an AU", metrics["floors"]["f1_macro"], ""))
     if len(rows) > 2:
-        out("Mean f1_macro, in percent\n")
+        out(f"Mean f1_macro, in percent{in_title(metrics['caveats'])}\n")
         for name, score, remark in rows:
             out(f"  {name:<40}{100 * score:6.1f}  {remark}".rstrip() + "\n")
         out("\n")

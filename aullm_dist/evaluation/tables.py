@@ -11,7 +11,7 @@ from typing import Any
 
 from aullm_dist.errors import UserError
 from aullm_dist.evaluation.blocks import Block, interval_text, percent, render_blocks
-from aullm_dist.evaluation.caveats import caveat_notes, marked
+from aullm_dist.evaluation.caveats import caveat_notes, marked, marks_of
 from aullm_dist.evaluation.more_tables import corpora_block, ladder_block, leaky_block, ranking_block
 from aullm_dist.evaluation.scores import FloorScores, InnerScores, Metric, Metrics, MetricScores
 from aullm_dist.facs import au_name
@@ -145,7 +145,7 @@ _CSV_HEADER = (
     "thresholds", "unit", "au", "name", "support", "negatives", "f1_binary", "f1_binary_floor", "f1_binary_low",
     "f1_binary_high", "f1_macro", "f1_macro_floor", "f1_macro_low", "f1_macro_high", "auc", "auc_floor", "auc_low",
     "auc_high", "auc_within_subject", "auc_within_subject_low", "auc_within_subject_high", "ap", "ap_floor", "ap_low",
-    "ap_high", "brier", "brier_floor", "ece",
+    "ap_high", "brier", "brier_floor", "ece", "caveats",
 )  # fmt: skip
 
 
@@ -153,6 +153,7 @@ def _render_csv(metrics: Metrics) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, _CSV_HEADER, restval="", lineterminator="\n")
     writer.writeheader()
+    known = {"caveats": marks_of(metrics["caveats"])}
     policies: tuple[tuple[str, Metrics | InnerScores | None], ...]
     policies = (("fixed_0.5", metrics), ("inner", metrics["inner_thresholds"]))
     for policy, scores in policies:
@@ -168,12 +169,14 @@ def _render_csv(metrics: Metrics) -> str:
             if scores is metrics:
                 cells |= _csv_ranking(metrics["ranking"]["per_au"][key], ci_per_au.get(key, {}))
             writer.writerow(
-                {"thresholds": policy, "unit": "fraction", "au": au, "name": au_name(au), **counts, **cells}
+                {"thresholds": policy, "unit": "fraction", "au": au, "name": au_name(au), **counts, **cells, **known}
             )
         cells = _csv_scores(scores["mean"], metrics["floors"], ci_mean)
         if scores is metrics:
             cells |= _csv_ranking(metrics["ranking"]["mean"], ci_mean)
-        writer.writerow({"thresholds": policy, "unit": "fraction", "au": "mean", "name": "mean over AUs", **cells})
+        writer.writerow(
+            {"thresholds": policy, "unit": "fraction", "au": "mean", "name": "mean over AUs", **cells, **known}
+        )
     return stream.getvalue()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from aullm_dist.config import Config, to_dict
 from aullm_dist.data.protocols import read_folds
 from aullm_dist.errors import UserError
+from aullm_dist.evaluation.caveats import caveat_notes, caveats
 from aullm_dist.evaluation.metrics import summarise
 from aullm_dist.evaluation.scores import Metric, Scores
 from aullm_dist.log import get_logger
@@ -38,7 +39,7 @@ def write_overview(run: Path, config: Config) -> None:
         answers = _answers(run)
         older = sorted(paths.overview.glob("events.out.tfevents.*"))
         monitor = Monitor(paths.overview, active=True, purge_step=0)
-        _write(monitor, config, answers, len(read_folds(paths.folds_file).folds))
+        _write(monitor, config, answers, len(read_folds(paths.folds_file).folds), caveat_notes(caveats([run])))
         if monitor.close():
             for path in older[:-_KEPT]:
                 path.unlink(missing_ok=True)
@@ -61,6 +62,7 @@ def _write(
     config: Config,
     answers: Mapping[int, tuple[tuple[int, ...], list[StoredPrediction]]],
     num_folds: int,
+    known: Sequence[str],
 ) -> None:
     lines = ["| fold | clips | f1_macro | f1_binary | auc |", "|---|---:|---:|---:|---:|"]
     rows: dict[str, StoredPrediction] = {}
@@ -89,6 +91,7 @@ def _write(
         "\n\nThe steps of this run count folds. The score of one fold is that of a few clips: it is here to find a "
         "fold that went wrong. What counts is pooled."
     )
+    note += "".join(f"\n\n**{text}**" for text in known)
     monitor.text("folds", "\n".join(lines) + note, len(answers))
 
 

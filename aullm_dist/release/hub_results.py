@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
+from aullm_dist.evaluation.caveats import RANDOM_LLM, SYNTHETIC
 from aullm_dist.evaluation.scores import Metric, Metrics
 from aullm_dist.evaluation.tables import METRICS
 from aullm_dist.release.facts import corpus_title
@@ -39,7 +40,7 @@ def eval_results_text(
 
     Args:
         metrics: of the run.
-        synthetic: whether the faces are drawn.
+        synthetic: whether the faces that the model was trained on are drawn.
         benchmark: id of the Hub's dataset whose leaderboard shows the entries; None names the corpora, of which the Hub
             has no dataset, and no leaderboard shows the entries then.
         date: of the evaluation.
@@ -86,5 +87,7 @@ def _corpora_id(metrics: Metrics) -> str:
 
 def _tested_on(metrics: Metrics, synthetic: bool) -> str:
     where = metrics["direction"] or ", ".join(map(corpus_title, metrics["corpora"]))
-    drawn = "drawn faces in the layout of " if synthetic else ""
-    return f"{drawn}{where}, held-out subjects of protocol {metrics['protocol']}"
+    # Scores may come from another run than the model's own.
+    drawn = "drawn faces in the layout of " if synthetic or SYNTHETIC in metrics["caveats"] else ""
+    llm = ", an LLM of random weights" if RANDOM_LLM in metrics["caveats"] else ""
+    return f"{drawn}{where}, held-out subjects of protocol {metrics['protocol']}{llm}"

@@ -14,7 +14,7 @@ from aullm_dist import __version__
 from aullm_dist.config import load_recorded, to_dict
 from aullm_dist.data.protocols import read_folds
 from aullm_dist.errors import UserError
-from aullm_dist.evaluation.caveats import caveats
+from aullm_dist.evaluation.caveats import caveats, marks_of
 from aullm_dist.evaluation.evaluate import read_run, unfinished
 from aullm_dist.files import is_new_or_empty, read_json, staged_folder
 from aullm_dist.log import get_logger
@@ -75,7 +75,7 @@ def build_report(runs: Sequence[Path], out: Path, models: Models, options: Optio
                 parts.append(Part("All runs", "runs", _together(names, folder, options)))
             for number, (name, run) in enumerate(names, start=1):
                 logger.info("Report of %s", name)
-                gallery = Gallery(folder, f"run{number}-" if len(runs) > 1 else "")
+                gallery = Gallery(folder, f"run{number}-" if len(runs) > 1 else "", marks_of(caveats([run])))
                 parts.append(Part(name, f"run-{number}", _run_sections(run, name, gallery, models, options)))
             versions = {"aullm_dist": __version__, **library_versions()}
             write_page(folder, parts, [name for name, _ in names], versions, caveats(runs))
@@ -104,7 +104,7 @@ def _together(names: Sequence[tuple[str, Path]], folder: Path, options: Options)
     sections = [attempted(Section("Scores"), lambda section: results.overview(section, list(names), *how))]
     first_name, first = names[0]
     for number, (name, run) in enumerate(names[1:], start=2):
-        gallery = Gallery(folder, f"run{number}-to-run1-")
+        gallery = Gallery(folder, f"run{number}-to-run1-", marks_of(caveats([first, run])))
         title = f"{name} minus {first_name}"
         fill = partial(
             results.differences, gallery=gallery, pair=(first, run), names=(first_name, name),

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from aullm_dist.errors import CheckpointError, UserError
 from aullm_dist.evaluation.blocks import Block
-from aullm_dist.figures.style import missing_letters_told
+from aullm_dist.figures.style import FONT_POINTS, missing_letters_told
 from aullm_dist.log import get_logger
 
 logger = get_logger(__name__)
@@ -52,15 +52,18 @@ class Gallery:
     Args:
         folder: of the report; figures go into `figures/` below it.
         prefix: start of every file name, to keep the runs of a report apart.
+        mark: stands above every figure: a figure is copied without its page.
     """
 
-    def __init__(self, folder: Path, prefix: str = "") -> None:
-        self._folder, self._prefix = folder / "figures", prefix
+    def __init__(self, folder: Path, prefix: str = "", mark: str = "") -> None:
+        self._folder, self._prefix, self._mark = folder / "figures", prefix, mark
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, figure: Figure, name: str, caption: str, alt: str) -> Picture:
         """Write a figure and return how the page refers to it; equal figures give equal bytes."""
         stem = f"{self._prefix}{name}"
+        if self._mark:
+            figure.suptitle(self._mark, fontsize=FONT_POINTS - 1, color="0.35", x=0.995, ha="right")
         with missing_letters_told():
             figure.savefig(self._folder / f"{stem}.png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
             # Letters become outlines: the reader's machine need not have the font.

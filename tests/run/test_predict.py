@@ -92,7 +92,7 @@ def test_one_process_gives_the_answers_of_the_run(run, tiny_dataset, tmp_path, c
     scored, *notes = said.err.splitlines()[-3:]
     assert "f1_macro" in scored
     assert notes[0] == "Note: the model was trained on synthetic faces: its answers say nothing about real faces."
-    assert "weights are random" in notes[1]
+    assert "random weights" in notes[1]
 
 
 def test_a_divided_llm_gives_the_answers_of_the_run(run, tiny_dataset, clip, tmp_path):

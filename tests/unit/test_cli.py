@@ -15,6 +15,7 @@ def test_help_names_every_command(capsys):
     text = capsys.readouterr().out
     for command in ("prepare", "synthesize", "quantize", "config", "evaluate", "checkpoint"):
         assert command in text
+    assert "A first run needs neither corpus nor LLM: aullm-dist train" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

@@ -49,5 +49,7 @@ def test_both_recipes_make_the_same_image():
     assert extras.strip("[]") in setup["project"]["optional-dependencies"]
     assert 'exec aullm-dist "$@"' in apptainer["runscript"]
     assert 'ENTRYPOINT ["aullm-dist"]' in docker
+    # Whoever is named by `docker run --user` has caches, and a name for the libraries that ask for one.
+    assert re.search(r"^ENV .*HOME=/tmp USER=\w+$", docker, re.MULTILINE)
     low = tuple(map(int, setup["project"]["requires-python"].removeprefix(">=").split(".")))
     assert tuple(map(int, re.findall(r"python:(\d+)\.(\d+)", image)[0])) >= low

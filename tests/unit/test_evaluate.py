@@ -331,6 +331,11 @@ def test_tables_say_that_faces_are_synthetic_and_the_llm_random(tmp_path):
     for fmt in ("text", "markdown", "json"):
         assert "synthetic" in render(metrics, fmt)
         assert "weights are random" in " ".join(render(metrics, fmt).split())
+    # What is copied alone says it too: a tabular without its comments, a row of the CSV.
+    tabulars = render(metrics, "latex").split(r"\begin{tabular}")[1:]
+    assert all(r"{l}{synthetic faces, random LLM} \\" in tabular.split(r"\end")[0] for tabular in tabulars)
+    rows = csv.DictReader((tmp_path / "table.csv").open())
+    assert {row["caveats"] for row in rows} == {"synthetic faces, random LLM"}
     blocks = compare_blocks(compare_runs(tmp_path, tmp_path, bootstrap=0))
     assert sum("synthetic" in note for block in blocks for note in block.notes) == 1
     # A prepared dataset is asked what it was made of.

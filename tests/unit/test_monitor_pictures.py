@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from aullm_dist.config import load
+from aullm_dist.config import load, to_dict
 from aullm_dist.data.clips import ClipStore, most_changed
 from aullm_dist.data.protocols import Fold, FoldPlan, write_folds
 from aullm_dist.evaluation.metrics import summarise
@@ -272,6 +272,12 @@ def test_all_folds_are_pooled_in_one_view(tmp_path):
     assert [event.value for event in events.Scalars("progress/folds_in_all")] == [3, 3]
     text = events.Tensors("folds/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "| pooled | 4 |" in text
+    assert "synthetic" not in text, "a run that does not say"
+    (tmp_path / "config.yaml").write_text(json.dumps(to_dict(config)) + "\n")
+    write_overview(tmp_path, config)
+    events.Reload()
+    text = events.Tensors("folds/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert "**Note: the faces are synthetic" in text
     for _ in range(5):
         write_overview(tmp_path, config)
     assert len(list(folder.iterdir())) == 5

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import aullm_dist
 from aullm_dist.cli import main
 from aullm_dist.errors import UserError
+from aullm_dist.evaluation.caveats import RANDOM_LLM, SYNTHETIC
 from aullm_dist.evaluation.evaluate import score_run
 from aullm_dist.evaluation.metrics import logit_of
 from aullm_dist.evaluation.thresholds import choose_thresholds
@@ -123,6 +124,11 @@ def test_the_scores_are_entries_of_the_hub(exported, checkpoint):
         assert (entry.dataset_id, entry.date) == ("org/casme2", "2026-11-01")
         assert "drawn" not in entry.notes
         assert entry.notes.endswith("scores of the models of another run")
+    drawn = {**metrics, "caveats": [SYNTHETIC, RANDOM_LLM]}
+    told = eval_results_text(drawn, False, benchmark=None, date=datetime.date(2026, 11, 1))
+    for entry in parse_eval_result_entries(yaml.safe_load(told)):
+        assert "drawn faces" in entry.notes
+        assert "an LLM of random weights" in entry.notes
 
 
 def test_a_base_of_the_hub_is_named_with_its_licence(checkpoint, tmp_path):

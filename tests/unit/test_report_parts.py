@@ -208,6 +208,18 @@ def test_figures_are_written_twice_and_the_same_each_time(tmp_path):
         assert one.read_bytes() == two.read_bytes()
 
 
+def test_a_figure_says_what_limits_its_run(tmp_path):
+    """A figure is copied without its page; what is above it takes no room from what it shows."""
+    sizes = []
+    for mark in ("", "synthetic faces"):
+        figure, axes = new_figure(2, 2)
+        axes[0, 0].plot([0, 1])
+        Gallery(tmp_path / (mark or "none"), mark=mark).add(figure, "x", "caption", "alt")
+        assert figure.get_suptitle() == mark
+        sizes.append(axes[0, 0].get_window_extent().height)
+    assert 0.8 * sizes[0] < sizes[1] < sizes[0]
+
+
 def test_what_fails_is_missing_and_the_rest_is_there():
     def good(section):
         section.paragraphs.append("good")
