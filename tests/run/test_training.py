@@ -273,7 +273,7 @@ def fitted(small_dataset, tiny_llm, tmp_path_factory):
     return run
 
 
-FITTED = {"training__max_steps": 4, "model__training_statistics": True}
+FITTED = {"training__max_steps": 4, "model__training_statistics": True, "data__size": 32}
 
 
 @pytest.mark.parametrize("how", ["permuted", "deleted"])
