@@ -67,7 +67,7 @@ def test_a_gpu_without_configurations_takes_torch(hopper, monkeypatch):
     chosen, reason = resolve("evidence_pool", "auto", "cuda")
     assert (chosen, reason) == (
         "torch",
-        "its compute capability is 7.5, there are configurations for 8.0, 8.6, 8.9, 9.0, 12.0",
+        "its compute capability is 7.5, there are configurations for 8.0, 8.6, 8.9, 9.0, 10.0, 12.0",
     )
     with pytest.raises(ValueError, match=r"is 'triton', but its compute capability is 7\.5"):
         resolve("evidence_pool", "triton", "cuda")
