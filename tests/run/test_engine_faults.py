@@ -66,7 +66,7 @@ def test_the_frozen_base_is_gathered_by_steps_alone(tiny_dataset, tmp_path, quan
 @pytest.mark.parametrize(
     ("changes", "launcher", "message"),
     [
-        ({"training__strategy": "ddp"}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "--use_deepspeed, but training.strategy"),
+        ({"training__strategy": "ddp"}, ("--use_deepspeed",), "--use_deepspeed, but training.strategy is ddp"),
         ({"training__strategy": "zero3"}, ("--use_deepspeed", "--zero_stage=2"), "--zero_stage 2, but training.strat"),
         ({"training__processes": 4, "training__micro_batch": 2}, (), "training.processes is 4, but the launcher"),
         ({"training__strategy": "zero3", "model__lora_targets": "[no_proj]"}, (), "'no_proj': matches no linear"),
@@ -78,10 +78,7 @@ def test_the_frozen_base_is_gathered_by_steps_alone(tiny_dataset, tmp_path, quan
 def test_a_mistake_ends_both_processes_with_one_line(small_dataset, tiny_llm, tmp_path, changes, launcher, message):
     run = tmp_path / "run"
     settings = short(small_dataset, tiny_llm, run, **changes)
-    if isinstance(launcher, dict):  # what a launcher says to its processes
-        result = fork(*settings, processes=2, environment=launcher)
-    else:
-        result = launch(*settings, processes=2, launcher=launcher) if launcher else fork(*settings, processes=2)
+    result = launch(*settings, processes=2, launcher=launcher) if launcher else fork(*settings, processes=2)
     assert result.returncode != 0
     errors = re.findall(r"^train\.py: error: .*$", result.stderr, re.MULTILINE)
     assert len(errors) == 1, result.stderr
