@@ -228,9 +228,11 @@ def scalars(run: Path, tag: str, fold: int = 0) -> list[float]:
 
 
 def _side_of(dataset: Path) -> int:
-    """Return the side of a prepared dataset's clips in pixels, or the default where there is no dataset."""
-    report = dataset / "report.json"
-    return json.loads(report.read_text())["size"] if report.is_file() else 64
+    """Return the side of a prepared dataset's clips in pixels, or the default where a damaged dataset does not say."""
+    try:
+        return json.loads((dataset / "report.json").read_text())["size"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return 64
 
 
 def _as_yaml(value: object) -> object:

@@ -44,7 +44,9 @@ def test_the_parts_are_those_of_the_answer(explain, readout):
     torch.testing.assert_close(given.high, model.visual(views)[1])
     if readout == "last":
         assert not model.reasoner.au_head(given.hidden).any()  # it starts at 0; test_stages.py moves it
-        torch.testing.assert_close(model.projector(*model.visual(views)).logits, given.logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.projector(*model.visual(views)).logits, given.evidence_logits)
+        torch.testing.assert_close(given.structure_logits, given.logits, rtol=0, atol=1e-5)
+        assert (given.structure_logits - given.evidence_logits).abs().max() > 0.1
 
 
 def test_influence_is_what_the_nodes_receive(explain):
