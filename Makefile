@@ -49,11 +49,13 @@ test-unit: setup
 
 test-kernels: setup
 	$(BIN)/python -m pytest --numprocesses 2 tests/ops
-	$(BIN)/python -m pytest tests/run/test_kernel_aot.py
+	$(BIN)/python -m pytest tests/run/test_kernel_aot.py tests/run/test_kernel_ptx.py
 
-# Every configuration for every compute capability there is a lock for: minutes for each.
+# Every configuration for every compute capability there is a lock for, compiled and executed on the CPU: minutes for each.
 test-kernels-all: setup
-	for target in 8.0 8.6 8.9 9.0 12.0; do PYTHONPATH=kernels $(BIN)/python -m aullm_kernels.aot --target $$target || exit 1; done
+	for target in 8.0 8.6 8.9 9.0 10.0 12.0; do \
+	  PYTHONPATH=kernels $(BIN)/python -m aullm_kernels.aot --target $$target || exit 1; \
+	  PYTHONPATH=.:kernels $(BIN)/python tests/ptx/run_kernels.py --target $$target || exit 1; done
 
 test-faults: setup
 	mkdir -p build

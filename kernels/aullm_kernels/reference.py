@@ -130,7 +130,8 @@ def incoming_weights(
 
 def edge_weights(weight_GAHK: Tensor, edges: EdgeTable) -> Tensor:
     """Return the weights of incoming edges by edge, `[G, H, E]`."""
-    taken = edges.incoming >= 0
-    weight_GHE = weight_GAHK.new_zeros(*weight_GAHK.shape[::2], edges.num_edges)
-    weight_GHE[:, :, edges.incoming[taken]] = weight_GAHK.transpose(1, 2)[:, :, taken]
-    return weight_GHE
+    # Free slots go to one edge too many: to leave them out, the host would wait for their number.
+    slot_AK = edges.incoming.masked_fill(edges.incoming < 0, edges.num_edges)
+    weight_GHE = weight_GAHK.new_zeros(*weight_GAHK.shape[::2], edges.num_edges + 1)
+    weight_GHE = weight_GHE.index_copy(2, slot_AK.flatten(), weight_GAHK.transpose(1, 2).flatten(2))
+    return weight_GHE[:, :, : edges.num_edges]

@@ -5,13 +5,16 @@ docs/gpu.md says what this proves and what it does not. Each scenario is forked 
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from training_runs import ROOT, environment_of_another_device, free_port, overrides
+from training_runs import ROOT, environment_of_another_device, free_port, overrides, scalars
+
+from aullm_dist.release.layout import read_release_manifest
 
 SCRIPT = ROOT / "tests" / "fakegpu" / "run_scenarios.py"
 ALLOWED = (
@@ -22,6 +25,13 @@ ALLOWED = (
     " at aullm_dist/distributed/team.py (clip_grad_norm_)",
 )
 """Places in which the host may wait in a step under ZeRO; every other one is a fault. Its timers are not among them."""
+ANSWERS_ALLOWED = {
+    # Clips that are answered once are given as they were read, and the host takes the answer to a batch.
+    "answered: copy from memory that is not pinned at aullm_dist/training/batches.py (to)",
+    "answered: copy from memory that is not pinned at aullm_dist/training/batches.py (<dictcomp>)",
+    "answered: copy cuda to cpu at aullm_dist/training/heldout.py (_logits)",
+}
+"""All waits of a batch that is answered; a batch that is explained has none before its results are taken."""
 pytestmark = [
     pytest.mark.launch,
     pytest.mark.timeout(1500),
@@ -37,6 +47,23 @@ NF4 = BF16 | {
     "data__workers": 1,
 }
 ZERO3 = BF16 | {"model__quantization": "nf4", "training__strategy": "zero3", "training__micro_batch": 2}
+FOLDS = ZERO3 | {
+    "training__folds_at_once": 2,
+    "training__global_batch": 2,
+    "training__epochs": 1,
+    "data__folds": 2,
+    "data__fold": None,
+    "counterfactual__enabled": False,
+}
+# Interpreted kernels take seconds for a step.
+KERNELS = NF4 | {
+    "training__global_batch": 1,
+    "training__micro_batch": 1,
+    "training__max_steps": 2,
+    "training__evaluate_every_epochs": 99,
+    "data__inner_fraction": 0.0,
+    "model__graph_heads": 1,
+}
 OFFLOADED = BF16 | {"training__strategy": "zero3_offload_param", "training__epochs": 1}
 
 
@@ -55,7 +82,8 @@ class Runs:
             "FAKE_GPU_BUILD": build,
             "TORCHDYNAMO_DISABLE": "1",
             "OMP_NUM_THREADS": "1",
-            "TRITON_INTERPRET": "0",
+            # Where a scenario has the compute capability of a device that there are kernels for; else plain PyTorch.
+            "TRITON_INTERPRET": "1",
         }
         variables |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
@@ -87,11 +115,24 @@ def train(output: Path, dataset, llm, *flags, ranks=1, plant=None, **changes):
     }
 
 
+def command(*arguments):
+    """Return a scenario of `aullm-dist`."""
+    return {"module": "aullm_dist.cli", "argv": [str(argument) for argument in arguments], "ranks": [{}]}
+
+
 @pytest.fixture(scope="module")
-def on_gpu(tmp_path_factory, small_dataset, tiny_llm):
+def data(tmp_path_factory, small_dataset):
+    """A corpus and an LLM whose rows are whole blocks of NF4, which a merge needs."""
+    from aullm_dist.llm.tiny import build_tiny_backbone
+
+    return small_dataset, build_tiny_backbone(tmp_path_factory.mktemp("llm") / "llama", hidden=64, layers=2, heads=2)
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("gpu")
-    data = (small_dataset, tiny_llm)
-    fold = folder / "resumed-run" / "fold-00"
+    dataset, _ = data
+    fold, release = folder / "resumed-run" / "fold-00", folder / "release"
     return Runs(
         folder,
         "cuda",
@@ -101,11 +142,13 @@ def on_gpu(tmp_path_factory, small_dataset, tiny_llm):
             "nf4": train(folder / "nf4-run", *data, **NF4),
             "resumed": train(folder / "resumed-run", *data, "--resume", "auto", **NF4)
             | {"interrupted": [str(folder / "nf4-run"), str(folder / "resumed-run")]},
-            "predicted": {
-                "module": "aullm_dist.cli",
-                "argv": ["predict", str(fold), str(small_dataset), "--json", "--out", str(folder / "answers.json")],
-                "ranks": [{}],
-            },
+            "predicted": command("predict", fold, dataset, "--json", "--out", folder / "answers.json"),
+            "merged": command("merge", fold, "--out", release, "--dtype", "fp32", "--probe"),
+            "verified": command("release", "verify", release),
+            "released": command("predict", release, dataset, "--json", "--out", folder / "released.json"),
+            "reported": command("report", fold.parent, "--out", folder / "page", "--clips", 1, "--bootstrap", 2),
+            "folds": train(folder / "folds-run", *data, ranks=2, **FOLDS),
+            "kernels": train(folder / "kernels-run", *data, **KERNELS) | {"kernels": True},
             "zero3": train(folder / "zero3-run", *data, ranks=2, **ZERO3),
             "offloaded": train(folder / "offloaded-run", *data, **OFFLOADED),
             **{plant: train(folder / f"{plant}-run", *data, plant=plant, **BF16) for plant in ("item", "copy", "mix")},
@@ -114,9 +157,8 @@ def on_gpu(tmp_path_factory, small_dataset, tiny_llm):
 
 
 @pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory, small_dataset, tiny_llm):
+def on_cpu(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("cpu")
-    data = (small_dataset, tiny_llm)
     short = {"training__epochs": 1}
     return Runs(
         folder,
@@ -132,20 +174,70 @@ def faults(report):
     return [wait for wait in report["waits"] if not any(place in wait for place in ALLOWED)]
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp32", "nf4", "resumed", "zero3", "offloaded"])
+@pytest.mark.parametrize("name", ["bf16", "fp32", "nf4", "resumed", "zero3", "folds", "kernels", "offloaded"])
 def test_training_mixes_no_devices_and_waits_for_nothing(on_gpu, name):
     report = on_gpu.report(name)
     assert report["available"], "there was no device"
     assert report["code"] == 0, (report["error"], on_gpu.output[-3000:])
-    assert report["steps"] >= WATCHED, "a watched step has run"
+    assert report["steps"] >= (2 if name == "kernels" else WATCHED), "a watched step has run"
     assert not faults(report)
     assert not report["tf32"]
 
 
-def test_every_process_of_zero3_trains_without_faults(on_gpu):
-    report = on_gpu.report("zero3", rank=1)
+@pytest.mark.parametrize("name", ["zero3", "folds"])
+def test_every_process_of_zero3_trains_without_faults(on_gpu, name):
+    report = on_gpu.report(name, rank=1)
     assert report["code"] == 0
+    assert report["steps"] >= WATCHED
     assert not faults(report)
+
+
+def test_the_kernels_ran_where_there_are_some(on_gpu):
+    told = on_gpu.output
+    for op in ("evidence_pool", "graph_attention"):
+        assert f"{op}: implementation=triton reason=the fastest that can run on NVIDIA H200" in told
+    assert on_gpu.report("kernels")["types"] == on_gpu.report("nf4")["types"]
+
+
+@pytest.mark.parametrize(
+    ("name", "answers", "explanations"),
+    [("nf4", True, False), ("folds", True, False), ("predicted", True, False), ("merged", False, True),
+     ("verified", False, True), ("released", True, False), ("reported", False, True)],
+)  # fmt: skip
+def test_answers_mix_no_devices_and_wait_for_their_results_alone(on_gpu, on_cpu, name, answers, explanations):
+    report = on_gpu.report(name)
+    assert report["code"] == 0, (report["error"], on_gpu.output[-3000:])
+    assert report["answered"] > 1 or not answers
+    assert report["explained"] > 0 or not explanations
+    assert set(report["answer_waits"]) <= ANSWERS_ALLOWED
+    assert not report["tf32"]
+    # The same modules compute in the same types as in a step on a CPU, but norms and what follows them.
+    expected = on_cpu.report("nf4")["types"]
+    for module in expected.keys() & report["answer_types"].keys():
+        if module.startswith("reasoner"):
+            assert report["answer_types"][module] == expected[module], module
+    known = set(re.findall(r"\w+", " ".join(expected.values())))
+    assert set(re.findall(r"\w+", " ".join(report["answer_types"].values()))) <= known
+
+
+def test_power_and_memory_are_logged(on_gpu):
+    run = on_gpu.folder / "nf4-run"
+    assert set(scalars(run, "hardware/power_watts")) == {350.0}
+    for tag in ("memory/gpu_gib", "memory/gpu_peak_gib", "train/mfu", "step_ms/forward"):
+        values = scalars(run, tag)
+        assert values, tag
+        assert all(0 < value < 1e6 for value in values), tag
+    peaks, held = scalars(run, "memory/gpu_peak_gib"), scalars(run, "memory/gpu_gib")
+    assert all(peak >= now for peak, now in zip(peaks, held, strict=True))
+
+
+def test_what_a_gpu_merged_and_reported_is_there(on_gpu):
+    manifest = read_release_manifest(on_gpu.folder / "release")
+    assert manifest.probe["device"] == "cuda"
+    assert manifest.probe["difference_to_trained"] < 0.1
+    assert set(manifest.merge["probe"]["relative_logit_error"]) == {"live", "nf4-exact", "bf16"}
+    assert (on_gpu.folder / "page/figures/evidence-0.svg").is_file()
+    assert "answers on cuda" in on_gpu.output
 
 
 @pytest.mark.parametrize("name", ["bf16", "nf4"])
