@@ -129,6 +129,7 @@ class Run:
 
     def __init__(self, tree: Path, options: argparse.Namespace) -> None:
         self.tree, self.options, self.work = tree, options, options.work
+        self.failure = options.work / "failure.txt"
         folders = [path for name in PACKAGES for path in sorted((tree / "aullm_dist" / name).rglob("*.py"))]
         paths = [*(str(path.relative_to(tree)) for path in folders), *(f"aullm_dist/{name}" for name in KIN)]
         self.chosen = choose(tree, paths, options.count, options.seed)
@@ -178,7 +179,7 @@ class Run:
             tests = dict.fromkeys(self.options.tests) or tests_of(mutant, reach, self.tree, self.options.budget)
 
             def test(tests: Tests = tests) -> int:
-                return int(pytest.main([*tests, "-x", *self._quietly()], plugins=[_Chosen(tests)]))
+                return int(pytest.main([*tests, "-x", *self._quietly()], plugins=[_Chosen(tests, self.failure)]))
 
             path = self.tree / mutant.path
             source = path.read_text()
@@ -187,15 +188,13 @@ class Run:
 
     def judge(self, mutant: Mutant, tests: Tests, body: Callable[[], int]) -> None:
         """Run the tests of a mutant in a fork, and keep what became of it."""
-        log = self.work / "mutant.log"
-        ended, seconds = run_in_fork(body, log, _CPU_SECONDS) if tests else ("not reached", 0.0)
-        text = log.read_text(errors="replace") if tests else ""
-        first = [line.removeprefix("FIRST ") for line in text.splitlines() if line.startswith("FIRST ")]
+        self.failure.unlink(missing_ok=True)
+        ended, seconds = run_in_fork(body, self.work / "mutant.log", _CPU_SECONDS) if tests else ("not reached", 0.0)
+        first = self.failure.read_text().splitlines()[:1] if self.failure.exists() else []
         # 1: a test failed, 2: an import failed, 4: the conftest's import failed; others are the tool's own fault.
         state = {"0": "survived", "1": "killed", "2": "killed", "4": "killed"}.get(ended, ended)
         if state == "killed" and not first:
             state = f"unclear {ended}"
-            (self.work / f"unclear-{mutant.line}.log").write_text(text)
         number = sum(len(each) if each is not None else 1 for each in tests.values())
         result = {
             "run": self.started,
@@ -272,7 +271,8 @@ def tests_of(mutant: Mutant, reach: dict[str, Any], tree: Path, budget: float) -
 class _Chosen:
     """A pytest plugin: keeps the chosen tests, in this order, and says which failed first."""
 
-    def __init__(self, tests: Tests) -> None:
+    def __init__(self, tests: Tests, out: Path) -> None:
+        self._out = out
         self._order = {test: place for place, test in enumerate(test for each in tests.values() for test in each or ())}
         self._whole = {file for file, each in tests.items() if each is None}
 
@@ -286,11 +286,11 @@ class _Chosen:
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
-            os.write(2, f"\nFIRST {report.nodeid}\n{report.longreprtext[-3000:]}\n".encode())
+            self._out.write_text(f"{report.nodeid}\n{report.longreprtext}")
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
-            os.write(2, f"\nFIRST {report.nodeid} (import)\n".encode())
+            self._out.write_text(f"{report.nodeid} (import)\n{report.longreprtext}")
 
 
 class _Loop:
@@ -315,7 +315,7 @@ class _Loop:
             swaps = _swaps(mutant, run.tree, functions)
             if any(function.__code__.co_freevars != code.co_freevars for function, code in swaps):
                 continue  # a method that no longer calls `super()`: as if it ran at import
-            chosen = _Chosen(tests)
+            chosen = _Chosen(tests, run.failure)
             items = chosen.of(session.items)
             assert items or not tests, f"{mutant.name}: none of its tests was collected"
 
