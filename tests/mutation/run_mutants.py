@@ -300,6 +300,8 @@ class _Loop:
         self._run = run
 
     def pytest_runtestloop(self, session: Any) -> bool:
+        for path in {mutant.path for mutant in self._run.todo}:  # ours are also imported where they are used
+            importlib.import_module(path.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
         gc.unfreeze()
         functions = self._functions()
         _ready_to_fork()
