@@ -174,7 +174,9 @@ def test_bfloat16_gives_float32_logits_and_finite_gradients(folders, autocast):
 
 def test_self_check_passes_on_a_good_mask_and_raises_on_a_leak(folders, monkeypatch):
     reasoner = make_reasoner(folders["llama"], attention="sdpa")
+    drawn = torch.get_rng_state()
     assert reasoner.self_check() < 1e-5
+    assert torch.equal(torch.get_rng_state(), drawn), "a check draws from a generator of its own"
     assert reasoner.training
     causal = masks.create_causal_mask
     monkeypatch.setattr(masks, "create_causal_mask", lambda and_mask_function, **given: causal(**given))

@@ -271,6 +271,7 @@ def test_root_is_kept_reused_or_refused(tmp_path):
         ({"corpus": "casme9"}, "corpus"),
         ({"amplitude_percent": -1.0}, "amplitude_percent"),
         ({"balance": 1.5}, "balance"),
+        ({"balance": -0.1}, "balance"),
         ({"shift": "gama"}, "shift"),
         ({"num_frames": (20, 10)}, "num_frames"),
         ({"num_frames": (2, 4)}, "num_frames"),
@@ -373,18 +374,18 @@ def test_each_au_moves_what_it_moved_before():
 
 
 @pytest.mark.parametrize(
-    ("corpus", "frames", "aus", "drawn"),
+    ("corpus", "frames", "aus", "emotions", "drawn"),
     [
-        ("casme", (28231, 518, 1036), (60, 0, 6), (60.642, 10.523)),
-        ("casme2", (49196, 1766, 3389), (75, 0, 6), (75.846, 9.878)),
-        ("samm", (134214, 1904, 3725), (62, 0, 6), (59.986, 9.489)),
-        ("4dme", (6176, 500, 1048), (86, 4, 6), (84.746, 9.156)),
-        ("mmew", (50, 940, 1854), (74, 0, 6), (73.160, 10.413)),
-        ("casme3a", (31653, 271, 544), (59, 0, 6), (58.245, 8.832)),
-        ("casme3c", (21510, 314, 599), (59, 0, 6), (56.128, 10.157)),
+        ("casme", (28231, 518, 1036), (60, 0, 6), (1, 2, 14), (60.642, 10.523)),
+        ("casme2", (49196, 1766, 3389), (75, 0, 6), (5, 2, 18), (75.846, 9.878)),
+        ("samm", (134214, 1904, 3725), (62, 0, 6), (7, 2, 34), (59.986, 9.489)),
+        ("4dme", (6176, 500, 1048), (86, 4, 6), (4, 6, 33), (84.746, 9.156)),
+        ("mmew", (50, 940, 1854), (74, 0, 6), (5, 5, 24), (73.160, 10.413)),
+        ("casme3a", (31653, 271, 544), (59, 0, 6), (1, 3, 24), (58.245, 8.832)),
+        ("casme3c", (21510, 314, 599), (59, 0, 6), (0, 4, 28), (56.128, 10.157)),
     ],
 )
-def test_a_seed_plans_the_clips_that_it_planned_before(corpus, frames, aus, drawn):
+def test_a_seed_plans_the_clips_that_it_planned_before(corpus, frames, aus, emotions, drawn):
     """Sums over 50 clips: onsets, frames to apex and offset; movements, static, one-sided; strengths, residuals."""
     clips = plan_clips(SyntheticSpec(corpus=corpus, subjects=5, clips_per_subject=10))
     assert frames == (
@@ -397,6 +398,8 @@ def test_a_seed_plans_the_clips_that_it_planned_before(corpus, frames, aus, draw
     static = sum(any(move.static for move in clip.movements) for clip in clips)
     one_sided = sum(any(move.side != "both" for move in clip.movements) for clip in clips)
     assert aus == (len(moves), static, one_sided)
+    spoken = Counter(clip.emotion for clip in clips)
+    assert (spoken["happiness"], spoken["surprise"], spoken["others"]) == emotions
     sums = sum(move.strength for move in moves), sum(clip.residual for clip in clips)
     assert sums == pytest.approx(drawn, abs=0.001)
 
