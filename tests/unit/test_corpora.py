@@ -303,20 +303,28 @@ def test_published_positives_sum_to_the_published_totals():
 
 
 @pytest.mark.parametrize(
-    ("corpus", "corrections", "counts", "drawn"),
+    ("corpus", "aus", "fps", "corrections", "counts", "drawn"),
     [
-        ("casme", (5, 146083), (189, 1622), ((90, 160), (16, 28), (20, 900))),
-        ("casme2", (21, 726229), (256, 2679), ((136, 112), (50, 84), (900, 960))),
-        ("samm", (9, 3950039), (159, 1309), ((130, 192), (56, 92), (900, 6000))),
-        ("4dme", (2, 158076), (267, 2373), ((96, 128), (16, 27), (20, 120))),
-        ("mmew", (16, 432472), (300, 2718), ((116, 116), (30, 50), None)),
-        ("casme3a", (6, 12262941), (860, 5824), ((90, 160), (8, 18), (1, 900))),
-        ("casme3c", (0, 0), (0, 0), ((90, 160), (8, 18), (1, 900))),
+        ("casme", (1, 4, 9, 14), 60.0, (5, 146083), (189, 1622), ((90, 160), (16, 28), (20, 900))),
+        ("casme2", (1, 2, 4, 7, 12, 14, 15, 17), 200.0, (21, 726229), (256, 2679), ((136, 112), (50, 84), (900, 960))),
+        ("samm", (2, 4, 7, 12), 200.0, (9, 3950039), (159, 1309), ((130, 192), (56, 92), (900, 6000))),
+        ("4dme", (1, 2, 4, 6, 7, 12, 17, 45), 60.0, (2, 158076), (267, 2373), ((96, 128), (16, 27), (20, 120))),
+        ("mmew", (1, 2, 4, 5, 7, 10, 12, 14), 90.0, (16, 432472), (300, 2718), ((116, 116), (30, 50), None)),
+        (
+            "casme3a",
+            (1, 2, 4, 5, 7, 9, 10, 12, 14, 17),
+            30.0,
+            (6, 12262941),
+            (860, 5824),
+            ((90, 160), (8, 18), (1, 900)),
+        ),
+        ("casme3c", (1, 2, 4, 5, 7, 9, 10, 12, 14, 17), None, (0, 0), (0, 0), ((90, 160), (8, 18), (1, 900))),
     ],
 )
-def test_tables_of_a_corpus_are_those_that_were_transcribed(corpus, corrections, counts, drawn):
+def test_tables_of_a_corpus_are_those_that_were_transcribed(corpus, aus, fps, corrections, counts, drawn):
     """Weighted sums: a number that changes by a slip of the hand changes one of them."""
     spec = CORPORA[corpus]
+    assert (spec.aus, spec.fps) == (aus, fps)
     frames = ("onset", "apex", "offset", "length")
     weighted = sum(
         (erratum.row + 1) * sum(place * (getattr(erratum, name) or 0) for place, name in enumerate(frames, 1))

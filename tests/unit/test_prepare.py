@@ -103,6 +103,20 @@ def test_published_counts_stand_beside_a_release_of_the_published_size(release):
     report = run(release)
     shown = render_report({**report, "num_clips": 255})
     assert next(line for line in shown.splitlines() if line.startswith("AU4 ")).split()[-1] == "130"
+    # 5 % of 256 clips are 12.8.
+    heads = {n: render_report({**report, "num_clips": n}).splitlines()[4] for n in (243, 244, 268, 269)}
+    beside = {n: head.startswith("AU ") and head.endswith("published") for n, head in heads.items()}
+    assert beside == {243: False, 244: True, 268: True, 269: False}
+
+
+def test_lists_of_a_report_are_cut_after_ten(release):
+    notes = [{"where": f"row {i}", "what": "a note"} for i in range(11)]
+    report = {**run(release), "notes": notes}
+    lines = render_report(report).splitlines()
+    assert "noted (11)" in lines
+    assert sum("a note" in line for line in lines) == 10
+    assert "  ... and 1 more in report.json" in lines
+    assert "more in report.json" not in render_report({**report, "notes": notes[:10]})
 
 
 def break_missing(release):
