@@ -244,18 +244,18 @@ def importing(tree: Path, paths: tuple[str, ...]) -> list[str]:
 def tests_of(mutant: Mutant, reach: dict[str, Any], tree: Path, budget: float) -> Tests:
     """Return the tests that reach a mutant; the module's own files first, and cheap tests first.
 
-    What runs at import is reached by all tests that reach a function of the module, else by files that import it.
+    What runs at import is reached by all tests of files that import the module or its package, and by all that reach a
+    function of the module.
     """
     first, last = mutant.lines
     own = importing(tree, (mutant.path,))
+    users = [] if mutant.in_function else importing(tree, (str(Path(mutant.path).parent),))
     hits: dict[str, list[tuple[float, str]]] = collections.defaultdict(list)
     for file, tests in reach.items():
         for test, found in tests.items():
             lines = found["lines"].get(mutant.path, ())
-            if any(first <= line <= last for line in lines) or (lines and not mutant.in_function):
+            if any(first <= line <= last for line in lines) or file in users or (lines and not mutant.in_function):
                 hits[file].append((found["seconds"], test))
-    if not hits and not mutant.in_function:
-        return dict.fromkeys(own)
     chosen: Tests = {}
     for file in sorted(hits, key=lambda file: (file not in own, sum(seconds for seconds, _ in hits[file]))):
         kept = []

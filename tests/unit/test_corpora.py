@@ -22,7 +22,7 @@ from corpus_fixtures import (
     write_frames,
 )
 
-from aullm_dist.data.corpora import CORPORA, read_corpus
+from aullm_dist.data.corpora import CORPORA, base, read_corpus
 from aullm_dist.data.corpora.layout import find_frames_root
 from aullm_dist.data.listing import list_frames
 from aullm_dist.errors import UserError
@@ -325,6 +325,7 @@ def test_tables_of_a_corpus_are_those_that_were_transcribed(corpus, aus, fps, co
     """Weighted sums: a number that changes by a slip of the hand changes one of them."""
     spec = CORPORA[corpus]
     assert (spec.aus, spec.fps) == (aus, fps)
+    assert spec.drops_frames == corpus.startswith("casme3"), "their clips lack frames, and are whole"
     frames = ("onset", "apex", "offset", "length")
     weighted = sum(
         (erratum.row + 1) * sum(place * (getattr(erratum, name) or 0) for place, name in enumerate(frames, 1))
@@ -361,3 +362,7 @@ def test_of_several_folders_of_frames_the_first_name_wins_and_the_nearest(tmp_pa
     assert find_frames_root(
         tmp_path / "deep", ["first"], ["nobody"], "X", notes_to=lambda *note: None
     ) == tmp_path / "deep" / "first"  # fmt: skip
+
+
+def test_three_names_are_listed_and_the_rest_is_not():
+    assert [base._some("abcd"[:n]) for n in (1, 3, 4)] == ["a", "a, b, c", "a, b, c, ..."]
