@@ -366,3 +366,23 @@ def test_of_several_folders_of_frames_the_first_name_wins_and_the_nearest(tmp_pa
 
 def test_three_names_are_listed_and_the_rest_is_not():
     assert [base._some("abcd"[:n]) for n in (1, 3, 4)] == ["a", "a, b, c", "a, b, c, ..."]
+
+
+@pytest.mark.parametrize(
+    ("corpus", "number", "by_au", "total"),
+    [
+        ("casme", 19, 2137, 189),
+        ("casme2", 33, 4163, 252),
+        ("samm", 26, 2686, 159),
+        ("4dme", 28, 6185, 266),
+        ("mmew", 26, 3809, 310),
+        ("casme3a", 23, 9383, 860),
+        ("casme3c", 23, 9383, 860),
+    ],
+)
+def test_combinations_that_are_drawn_are_those_that_were_aimed_at(corpus, number, by_au, total):
+    """Weighted sums, as above."""
+    weights = CORPORA[corpus].synthetic.combinations
+    assert (len(weights), pytest.approx(sum(weights.values()))) == (number, total)
+    places = {aus: sum(place * au for place, au in enumerate(sorted(aus), 1)) for aus in weights}
+    assert sum(weight * places[aus] for aus, weight in weights.items()) == pytest.approx(by_au)
