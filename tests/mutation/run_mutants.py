@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--tests", nargs="+", default=[], help="run all tests of these files, not those that reach")
     options = parser.parse_args()
     options.work = options.work.resolve()
+    options.work.mkdir(parents=True, exist_ok=True)
     tree = options.work / "tree"
     if "MUTANTS_TREE" not in os.environ:  # libraries, and processes that tests start, import ours from the copy
         _copy(tree)
