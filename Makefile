@@ -17,7 +17,7 @@ INSTALL := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 # One process, and no questions: without these accelerate lists its defaults at every start.
 LAUNCH := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo demo-llm test test-unit test-kernels test-kernels-all test-faults check format bench gpu gpu-wheels clean
+.PHONY: setup demo demo-llm test test-unit test-kernels test-kernels-all test-faults mutants check format bench gpu gpu-wheels clean
 
 setup: $(VENV)/.ready
 
@@ -62,6 +62,12 @@ test-faults: setup
 	$(BIN)/python tests/faults/suite.py --markdown build/faults.md
 	$(BIN)/python tests/faults/predict_inputs.py
 	$(BIN)/python tests/faults/merge_kills.py
+
+# 200 breaks of the code, one at a time, and the unit tests that notice them: docs/benchmarks/mutants.md.
+SEED ?= 1
+mutants: setup
+	$(BIN)/python tests/mutation/run_mutants.py --work build/mutants --seed $(SEED)
+	tail -n 20 build/mutants/progress.txt
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -11,6 +11,7 @@ VECTORS = [
     ("L1+R2", {1, 2}),
     ("14?", {14}),
     ("4+7+A", {4, 7}),
+    ("\uff10\uff19+1\uff17", {9, 17}),  # full-width digits, the first and the last of them too
     ("4\uff0c7", {4, 7}),
     ("4\uff0b7", {4, 7}),
     ("4\u30017", {4, 7}),

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from checkpoint_samples import (
@@ -17,6 +18,7 @@ from checkpoint_samples import (
 )
 
 from aullm_dist.checkpoint import store as checkpoint_module
+from aullm_dist.checkpoint.atomic import staged_folder
 from aullm_dist.checkpoint.manifest import verify_checkpoint
 from aullm_dist.checkpoint.retention import find_newest_valid, list_checkpoints, rotate
 from aullm_dist.errors import CheckpointError, UserError
@@ -27,6 +29,23 @@ def test_processes_that_do_not_write_touch_no_disk(tmp_path):
     folder = save(tmp_path / "run", 7, model, optimizer, is_writer=False)
     assert folder == tmp_path / "run" / "step-00000007"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rename_that_fails_brings_the_old_checkpoint_back(two_checkpoints, tmp_path, monkeypatch):
+    root = shutil.copytree(two_checkpoints, tmp_path / "run")
+    folder, rename = root / "step-00000002", os.rename
+    (folder / "mark").write_text("the old one")
+
+    def refuse(source, target):
+        if Path(target) == folder and Path(source).name.startswith(".step-00000002.tmp"):
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OSError, match="Input/output error"), staged_folder(folder) as staging:
+        (staging / "file").write_text("the new one")
+    assert (folder / "mark").read_text() == "the old one"
+    assert sorted(path.name for path in root.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 @pytest.mark.parametrize("target", ["save_file", "write_durably", "write_manifest"])
@@ -127,6 +146,7 @@ def test_rotation_keeps_the_newest_and_the_protected(tmp_path):
     assert [path.name for path in gone] == ["step-00000000", "step-00000002", "step-00000003"]
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000004", "step-00000005"]
     assert rotate(tmp_path, 9) == []
+    assert [path.name for path in rotate(tmp_path, 1)] == ["step-00000001", "step-00000004"]
     with pytest.raises(UserError, match="allowed is 1 or more"):
         rotate(tmp_path, 0)
 

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from torch import nn
 
 from aullm_dist.checkpoint import store as checkpoint_module
 from aullm_dist.checkpoint.base_identity import base_identity
+from aullm_dist.checkpoint.compatibility import ExpectedModel, StoredModel, refuse_other_model
 from aullm_dist.checkpoint.retention import find_newest_valid, list_checkpoints
 from aullm_dist.errors import CheckpointError, UserError
 
@@ -212,3 +214,20 @@ def test_state_that_json_would_change_is_refused(tmp_path, state):
     with pytest.raises(CheckpointError, match="trainer state"):
         save(tmp_path / "run", 0, model, optimizer, state=state)
     assert not (tmp_path / "run").exists()
+
+
+def test_other_aus_are_named_first_and_no_more_than_five_differences():
+    saved = {"aus": [1, 2], "alpha": 1, "beta": 2, "gamma": 3, "delta": 4, "epsilon": 5}
+    wanted = {"aus": [1, 4], "alpha": 2, "beta": 3, "gamma": 4, "delta": 5, "zeta": 6}
+    stored = StoredModel(tensors={}, config=saved, base=None)
+    with pytest.raises(UserError) as caught:
+        refuse_other_model(
+            Path("step-1"), stored, ExpectedModel(plan=(), config=wanted, base=None), with_optimizer=True
+        )
+    text = str(caught.value)
+    assert text.startswith("checkpoint step-1 is of another model: aus is [1, 2] in the checkpoint, [1, 4] expected; ")
+    assert text.endswith("epsilon is 5 in the checkpoint, None expected; and 2 more")
+    five = ExpectedModel(plan=(), config={**wanted, "gamma": 3, "zeta": None}, base=None)
+    with pytest.raises(UserError, match=r"epsilon is 5 in the checkpoint, None expected$"):
+        refuse_other_model(Path("step-1"), stored, five, with_optimizer=True)
+    refuse_other_model(Path("step-1"), stored, ExpectedModel(plan=(), config=saved, base=None), with_optimizer=True)

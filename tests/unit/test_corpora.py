@@ -22,7 +22,8 @@ from corpus_fixtures import (
     write_frames,
 )
 
-from aullm_dist.data.corpora import CORPORA, read_corpus
+from aullm_dist.data.corpora import CORPORA, base, read_corpus
+from aullm_dist.data.corpora.layout import find_frames_root
 from aullm_dist.data.listing import list_frames
 from aullm_dist.errors import UserError
 
@@ -299,3 +300,89 @@ def test_published_positives_sum_to_the_published_totals():
         "casme3a": 928,
         "casme3c": 0,
     }
+
+
+@pytest.mark.parametrize(
+    ("corpus", "aus", "fps", "corrections", "counts", "drawn"),
+    [
+        ("casme", (1, 4, 9, 14), 60.0, (5, 146083), (189, 1622), ((90, 160), (16, 28), (20, 900))),
+        ("casme2", (1, 2, 4, 7, 12, 14, 15, 17), 200.0, (21, 726229), (256, 2679), ((136, 112), (50, 84), (900, 960))),
+        ("samm", (2, 4, 7, 12), 200.0, (9, 3950039), (159, 1309), ((130, 192), (56, 92), (900, 6000))),
+        ("4dme", (1, 2, 4, 6, 7, 12, 17, 45), 60.0, (2, 158076), (267, 2373), ((96, 128), (16, 27), (20, 120))),
+        ("mmew", (1, 2, 4, 5, 7, 10, 12, 14), 90.0, (16, 432472), (300, 2718), ((116, 116), (30, 50), None)),
+        (
+            "casme3a",
+            (1, 2, 4, 5, 7, 9, 10, 12, 14, 17),
+            30.0,
+            (6, 12262941),
+            (860, 5824),
+            ((90, 160), (8, 18), (1, 900)),
+        ),
+        ("casme3c", (1, 2, 4, 5, 7, 9, 10, 12, 14, 17), None, (0, 0), (0, 0), ((90, 160), (8, 18), (1, 900))),
+    ],
+)
+def test_tables_of_a_corpus_are_those_that_were_transcribed(corpus, aus, fps, corrections, counts, drawn):
+    """Weighted sums: a number that changes by a slip of the hand changes one of them."""
+    spec = CORPORA[corpus]
+    assert (spec.aus, spec.fps) == (aus, fps)
+    assert spec.drops_frames == corpus.startswith("casme3"), "their clips lack frames, and are whole"
+    frames = ("onset", "apex", "offset", "length")
+    weighted = sum(
+        (erratum.row + 1) * sum(place * (getattr(erratum, name) or 0) for place, name in enumerate(frames, 1))
+        for erratum in spec.errata
+    )
+    assert (len(spec.errata), weighted) == corrections
+    assert (spec.published_clips, sum(au * count for au, count in spec.published_aus.items())) == counts
+    assert (spec.synthetic.frame_size, spec.synthetic.clip_lengths, spec.synthetic.first_numbers) == drawn
+
+
+@pytest.mark.parametrize(("below", "found"), [("a/b/c", True), ("a/b/c/d", False)])
+def test_frames_lie_three_folders_below_the_root_at_most(tmp_path, below, found):
+    frames = tmp_path / below
+    (frames / "sub01").mkdir(parents=True)
+    arguments = (tmp_path, ["CASME2_RAW_selected"], ["sub01"], "CASME II")
+    notes = []
+    if found:
+        assert find_frames_root(*arguments, notes_to=lambda *note: notes.append(note)) == frames
+        assert notes == []
+    else:
+        with pytest.raises(UserError, match="no frames of CASME II found"):
+            find_frames_root(*arguments, notes_to=lambda *note: notes.append(note))
+
+
+def test_of_several_folders_of_frames_the_first_name_wins_and_the_nearest(tmp_path):
+    for name in ("second", "deep/first", "other"):
+        (tmp_path / name / "sub01").mkdir(parents=True)
+    notes = []
+    chosen = find_frames_root(
+        tmp_path, ["first", "second"], ["sub01"], "X", notes_to=lambda where, what: notes.append((where, what))
+    )
+    assert chosen == tmp_path / "deep" / "first"
+    assert [where for where, _ in notes] == [str(tmp_path / "second")]
+    assert find_frames_root(
+        tmp_path / "deep", ["first"], ["nobody"], "X", notes_to=lambda *note: None
+    ) == tmp_path / "deep" / "first"  # fmt: skip
+
+
+def test_three_names_are_listed_and_the_rest_is_not():
+    assert [base._some("abcd"[:n]) for n in (1, 3, 4)] == ["a", "a, b, c", "a, b, c, ..."]
+
+
+@pytest.mark.parametrize(
+    ("corpus", "number", "by_au", "total"),
+    [
+        ("casme", 19, 2137, 189),
+        ("casme2", 33, 4163, 252),
+        ("samm", 26, 2686, 159),
+        ("4dme", 28, 6185, 266),
+        ("mmew", 26, 3809, 310),
+        ("casme3a", 23, 9383, 860),
+        ("casme3c", 23, 9383, 860),
+    ],
+)
+def test_combinations_that_are_drawn_are_those_that_were_aimed_at(corpus, number, by_au, total):
+    """Weighted sums, as above."""
+    weights = CORPORA[corpus].synthetic.combinations
+    assert (len(weights), pytest.approx(sum(weights.values()))) == (number, total)
+    places = {aus: sum(place * au for place, au in enumerate(sorted(aus), 1)) for aus in weights}
+    assert sum(weight * places[aus] for aus, weight in weights.items()) == pytest.approx(by_au)

@@ -1,6 +1,7 @@
 """Published corrections: by row number where the sheet and the defect fit, and by clip from a file of one's own."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from corpus_fixtures import (
@@ -23,7 +24,7 @@ from corpus_fixtures import (
 )
 
 from aullm_dist.data.corpora import read_corpus
-from aullm_dist.data.corpora.errata import freeze
+from aullm_dist.data.corpora.errata import _inside, _ordered, _shows, freeze
 from aullm_dist.errors import UserError
 
 
@@ -241,3 +242,60 @@ def test_a_bad_file_of_corrections_is_refused(tmp_path, content, part):
     with pytest.raises(UserError) as caught:
         read_corpus("casme2", root, errata=root / "frozen.json")
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "row", "wanted", "shows"),
+    [
+        ("offset", (20, 30, None), {"offset": 40}, True),
+        ("offset", (20, 30, 19), {"offset": 40}, True),  # before onset
+        ("offset", (20, 30, 29), {"offset": 40}, True),  # before the apex
+        ("offset", (20, 30, 30), {"offset": 40}, False),
+        ("offset", (20, None, 30), {"offset": 40}, False),
+        ("offset", (20, None, 30), {"offset": 40, "apex": 31}, True),  # the published apex where the row has none
+        ("offset", (20, 25, 30), {"offset": 40, "apex": 31}, False),  # and not where it has one
+        ("offset", (20, 30, 50), {"offset": 40, "apex": 30}, True),  # the row that the offset was published for
+        ("offset", (20, 30, 40), {"offset": 40, "apex": 30}, False),
+        ("offset", (20, 31, 50), {"offset": 40, "apex": 30}, False),
+        ("offset", (20, None, 50), {"offset": 40}, False),
+        ("onset", (31, 30, 40), {"onset": 20}, True),
+        ("onset", (30, 30, 30), {"onset": 20}, False),
+        ("onset", (35, None, 30), {"onset": 20}, True),
+        ("onset", (25, None, None), {"onset": 20, "apex": 24}, True),
+        ("onset", (25, None, None), {"onset": 20}, False),
+        ("offset", (20, 30, 61), {"offset": 40}, True),  # not on disk, and the corrected one is
+        ("offset", (20, 30, 61), {"offset": 62}, False),
+        ("offset", (20, 30, 60), {"offset": 40}, False),
+    ],
+)
+def test_the_defect_that_a_correction_of_a_frame_is_for(column, row, wanted, shows):
+    clip = SimpleNamespace(**dict(zip(("onset", "apex", "offset"), row, strict=True)))
+    on_disk = dict.fromkeys(range(15, 61), "a frame")
+    assert _shows(clip, column, wanted, on_disk) is shows
+
+
+@pytest.mark.parametrize(
+    ("sheet", "wanted", "shows"),
+    [
+        ("4 or 7", "4", True),
+        ("4 or 7", "4+7", True),
+        ("4 or 7", "12", False),
+        ("4", "4", False),
+        ("4 or 7", "?", False),
+    ],
+)
+def test_aus_are_corrected_where_the_sheet_leaves_a_choice(sheet, wanted, shows):
+    assert _shows(SimpleNamespace(aus=sheet), "aus", {"aus": wanted}, {}) is shows
+
+
+def test_the_order_of_a_corrected_row():
+    assert _ordered(10, 20, 30, apex_corrected=True)
+    assert _ordered(10, 10, 10, apex_corrected=True)
+    assert not _ordered(10, 9, 30, apex_corrected=True)
+    assert not _ordered(10, 31, 30, apex_corrected=True)
+    assert _ordered(10, 9, 30, apex_corrected=False)
+    assert not _ordered(31, 31, 30, apex_corrected=False)
+    assert not _ordered(None, 20, 30, apex_corrected=False)
+    assert not _ordered(10, 20, None, apex_corrected=False)
+    inside = [(None, 1, 2), (1, 1, 1), (0, 1, 2), (3, 1, 2), (0, None, 2), (3, 1, None), (3, None, 2)]
+    assert [_inside(*row) for row in inside] == [False, True, False, False, True, True, False]

@@ -9,7 +9,7 @@ from openpyxl import load_workbook
 from aullm_dist.cli import main
 from aullm_dist.data.annotations import parse_aus
 from aullm_dist.data.corpora import CORPORA, get_corpus, read_corpus
-from aullm_dist.data.corpora.explain import explain, harness_aus
+from aullm_dist.data.corpora.explain import AuDifference, ClipChange, as_json, explain, harness_aus, render_differences
 from aullm_dist.data.preparation.prepare import PrepareOptions, prepare
 from aullm_dist.data.preparation.report import render_report
 from aullm_dist.data.synthetic import SyntheticSpec, plan_clips
@@ -167,3 +167,21 @@ def test_freezing_needs_no_dataset(tmp_path, capsys):
     assert "0 corrections of this sheet written" in capsys.readouterr().out
     assert main(["prepare", "casme2", "--root", str(root)]) == 2
     assert "--out is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [0, 40, 41])
+def test_a_difference_names_forty_clips_and_counts_the_rest(changes):
+    spec = get_corpus("casme2")
+    clips = tuple(ClipChange(f"casme2/clip{i}", i, -1 if i else 1, "a reason") for i in range(changes))
+    difference = AuDifference(au=4, here=12, by_harness=11, published=9, changes=clips)
+    first, second, *lines = render_differences(spec, [difference], 200).splitlines()
+    assert first == f"{spec.title}: 200 clips here, {spec.published_clips} published"
+    assert second == "AU4: 12 here, 9 published (+3)"
+    named = [line for line in lines if "a reason" in line]
+    assert named[:2] == ["  +1  casme2/clip0 (row 0): a reason", "  -1  casme2/clip1 (row 1): a reason"][:changes]
+    assert len(named) == min(changes, 40)
+    assert [line for line in lines if "more clips" in line] == ["  ... and 1 more clips"] * (changes > 40)
+    assert lines[-1].startswith("  +2  the sheet itself: by the harness's own rule it has 11 clips")
+    kept = as_json([difference])["AU4"]
+    assert (kept["here"], kept["published"], kept["in_the_sheet_itself"], len(kept["clips"])) == (12, 9, 2, changes)
+    assert "as published for every AU" in render_differences(spec, [], 256)

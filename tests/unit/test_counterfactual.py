@@ -83,3 +83,87 @@ def test_an_impossible_intervention_is_never_drawn():
     chances = Chances(3, {"structure": 0.0, "appearance": 1.0})
     assert draw_interventions(chances, np.random.default_rng(0)) == ("appearance",)
     assert draw_interventions(Chances(0, {"appearance": 1.0}), np.random.default_rng(0)) == ()
+
+
+class Scripted:
+    """A generator that draws what it is given: the changes picked, the upper bound of each range, and one deviation."""
+
+    def __init__(self, picks: list[bool]):
+        self._picks = picks
+
+    def random(self, size):
+        assert size == len(self._picks)
+        return np.where(self._picks, 0.49, 0.5)
+
+    def uniform(self, low, high, size=None):
+        assert low < high
+        return high if size is None else np.full(size, high)
+
+    def normal(self, mean, deviation, size):
+        return np.full(size, mean + deviation)
+
+    def integers(self, high):
+        return high - 1
+
+
+def _wedge() -> np.ndarray:
+    """Two frames of 5 x 7 pixels that no symmetry maps onto themselves."""
+    y, x = np.mgrid[:5, :7]
+    return np.stack([0.1 + 0.05 * y + 0.06 * x, 0.2 + 0.03 * y * x / 4]).astype(np.float32)
+
+
+def test_each_change_of_appearance_by_hand():
+    clip = _wedge()
+
+    def changed(place: int | None) -> np.ndarray:
+        return change_appearance(clip, Scripted([i == place for i in range(5)]))
+
+    assert changed(0) == pytest.approx(clip**1.4, abs=1e-6)
+    y, x = np.meshgrid(np.linspace(-1, 1, 5), np.linspace(-1, 1, 7), indexing="ij")
+    bump = np.exp(-((y - 0.7) ** 2 + (x - 0.7) ** 2) / 0.8)
+    assert changed(1) == pytest.approx(np.clip(clip * (1 + 0.3 * (0.5 * (y + x) + bump)), 0, 1), abs=1e-6)
+    assert changed(2) == pytest.approx(clip * 1.015, abs=1e-6)
+    assert changed(4) == pytest.approx(clip[:, :, ::-1])
+    assert changed(None) == pytest.approx(clip[:, :, ::-1])  # at least one is applied, here the last
+    everything = change_appearance(clip, Scripted([True] * 5))
+    assert everything.mean() != pytest.approx(changed(0).mean(), rel=0.01)
+
+
+def test_blur_is_a_gaussian_of_five_taps_along_rows_and_columns():
+    clip = _wedge()
+    taps = np.exp(-0.5 * (np.arange(-2, 3) / 0.8) ** 2)
+    taps /= taps.sum()
+    expected = np.zeros_like(clip)
+    for row in range(5):
+        for column in range(7):
+            for down, weight in zip(range(-2, 3), taps, strict=True):
+                for right, other in zip(range(-2, 3), taps, strict=True):
+                    # Reflected at the borders: -1 is 1, and 5 of 5 rows is 3.
+                    source = 4 - abs(4 - abs(row + down)), 6 - abs(6 - abs(column + right))
+                    expected[:, row, column] += weight * other * clip[:, source[0], source[1]]
+    assert change_appearance(clip, Scripted([i == 3 for i in range(5)])) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("shift", [(1.25, -2.5), (-0.5, 0.75), (0.0, 3.0)])
+def test_a_frame_is_moved_pixel_by_pixel(shift):
+    frame = _wedge()[1]
+    expected = np.empty_like(frame)
+    for row in range(5):
+        for column in range(7):
+            y, x = np.clip(row - shift[0], 0, 4), np.clip(column - shift[1], 0, 6)
+            top, left = int(y), int(x)
+            below, beyond = min(top + 1, 4), min(left + 1, 6)
+            upper = frame[top, left] * (1 - x + left) + frame[top, beyond] * (x - left)
+            lower = frame[below, left] * (1 - x + left) + frame[below, beyond] * (x - left)
+            expected[row, column] = upper * (1 - y + top) + lower * (y - top)
+    assert counterfactual._translate(frame, shift) == pytest.approx(expected, abs=1e-6)
+
+
+def test_neutral_twin_replays_gain_and_shift_of_each_frame():
+    face = np.pad(_face(), 8, mode="edge")
+    clip = np.stack([face, 0.9 * face, 1.1 * counterfactual._translate(face, (0.5, -0.75))])
+    onset = np.ascontiguousarray(face[::-1])
+    twin = remove_movement(clip, onset, Scripted([]))
+    expected = [onset, 0.9 * onset, 1.1 * counterfactual._translate(onset, (0.5, -0.75))]
+    assert np.abs(twin - np.stack(expected)).mean() < 2e-3
+    assert remove_movement(clip[:1], onset, np.random.default_rng(0)) == pytest.approx(onset[None], abs=1e-6)

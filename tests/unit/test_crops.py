@@ -140,6 +140,7 @@ def test_no_face_is_told_and_not_guessed():
             ["clip,left,top,right,bottom", "a,0,0,1,1", "a,0,0,1,1"],
             "line 3, clip 'a' has a row already, line 2",
         ),
+        ("boxes:{file}", ["clip,left,top,right,bottom,top", "a,0,0,1,1,0"], "two columns are called top; keep one"),
         ("boxes:{file}", ["clip,left,top,right,bottom", "a,0,0,x,1"], "line 2, column right: 'x'; allowed: a number"),
         ("boxes:{file}", ["clip,left,top,right,bottom", "a,0,0,nan,1"], "line 2, column right: 'nan'"),
         ("boxes:{file}", ["clip,left,top,right,bottom", "b,0,0,1,1"], "no row for this clip in {file}"),
@@ -180,6 +181,9 @@ def test_other_packages_add_crops(monkeypatch):
     assert get_crop("elsewhere") is crop
     with pytest.raises(UserError, match=r"elsewhere:make returned no aullm_dist.data.crops.Crop"):
         get_crop("elsewhere:argument")
+    crop.identity = None
+    with pytest.raises(UserError, match=r"returned no aullm_dist.data.crops.Crop with an identity"):
+        get_crop("elsewhere")
     monkeypatch.setattr(registry, "entry_points", lambda group: [_Point(ImportError)])
     with pytest.raises(UserError, match=r"elsewhere:make cannot be loaded \(no module\)"):
         get_crop("elsewhere")

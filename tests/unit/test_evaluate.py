@@ -10,6 +10,8 @@ import pytest
 from prediction_samples import rows_of
 
 from aullm_dist.commands.evaluate import add_arguments, run
+from aullm_dist.config import load, to_dict
+from aullm_dist.data.corpora import CORPORA
 from aullm_dist.data.protocols import FoldPlan, SampleInfo, make_folds, write_folds
 from aullm_dist.errors import UserError
 from aullm_dist.evaluation.evaluate import evaluate_run
@@ -305,6 +307,38 @@ def test_other_labels_in_another_fold_are_refused(tmp_path):
     write_fold(tmp_path, 0, changed)
     with pytest.raises(UserError, match=f"{name} has other labels or another subject than in fold 0"):
         evaluate_run(tmp_path)
+
+
+def test_each_corpus_is_scored_on_its_own_clips_and_aus(tmp_path):
+    plan, rows = make_run(tmp_path)
+    # Three of the subjects become SAMM's; its AU set is another one, and a corpus that nobody knows has all of them.
+    corpora = {0: "samm", 1: "samm", 2: "samm", 3: "casme2", 4: "casme2", 5: "homemade"}
+    tests = {index: [row for row in fold if row.role == "test"] for index, fold in rows.items()}
+    for index, fold in rows.items():
+        write_fold(tmp_path, index, [replace(row, corpus=corpora[int(row.subject[-2:])]) for row in fold])
+    scores = evaluate_run(tmp_path, bootstrap=0)["per_corpus"]
+    assert list(scores) == ["casme2", "homemade", "samm"]
+    for name, part in scores.items():
+        own = [row for index, fold in tests.items() if corpora[index] == name for row in fold]
+        columns = [c for c, au in enumerate(AUS) if name == "homemade" or au in CORPORA[name].aus]
+        assert part["num_clips"] == len(own)
+        assert part["aus"] == [AUS[c] for c in columns]
+        labels, logits = (np.array([getattr(row, key) for row in own])[:, columns] for key in ("labels", "logits"))
+        assert part["mean"] == summarise((labels, logits), part["aus"])["mean"]
+
+
+def test_folds_that_stopped_early_are_noted(tmp_path):
+    plan, _ = make_run(tmp_path)
+    (tmp_path / "config.yaml").write_text(
+        json.dumps(to_dict(load(None, ["training.epochs=999", "training.max_steps=30"]))) + "\n"
+    )
+    assert evaluate_run(tmp_path, bootstrap=0)["notes"] == []  # each stands at step 30
+    (tmp_path / "config.yaml").write_text(
+        json.dumps(to_dict(load(None, ["training.epochs=999", "training.max_steps=31"]))) + "\n"
+    )
+    notes = evaluate_run(tmp_path, bootstrap=0)["notes"]
+    assert len(notes) == len(plan.folds)
+    assert notes[0] == "fold-00 is unfinished: these are the answers of step 30 of 31"
 
 
 def test_protocol_without_test_side_is_refused(tmp_path):

@@ -136,12 +136,14 @@ def test_training_statistics_have_the_sign_that_the_relation_expects():
     assert strength[edge_of(relations, 12, 1)] == 0
     assert (strength[relations.target == relations.source] == 0).all()
     assert (training_statistics(relations, np.zeros((0, 4))) == 0).all()
-    graph = AUGraph(
-        relations,
-        GraphSizes(cell_dim=8, high_dim=12, llm_dim=32, width=16, heads=2),
-        GraphStart(edge_strength=strength),
-    )
-    assert torch.equal(graph.edge_strength.detach(), torch.from_numpy(strength))
+    for given in (strength, strength.astype(np.float64)):
+        graph = AUGraph(
+            relations,
+            GraphSizes(cell_dim=8, high_dim=12, llm_dim=32, width=16, heads=2),
+            GraphStart(edge_strength=given),
+        )
+        assert torch.equal(graph.edge_strength.detach(), torch.from_numpy(strength))
+        assert graph.edge_strength.dtype == torch.float32
 
 
 def test_the_graph_gives_a_scaled_token_logits_and_strengths():

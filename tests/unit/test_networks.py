@@ -99,6 +99,30 @@ def test_one_step_through_the_trainer_s_parts(network):
     assert len(explained.high) == 2
 
 
+@pytest.mark.parametrize(
+    ("network", "rates"), [("evidence", [0.37] * 3), ("led_cnn", [0.37] * 2), ("sssnet_of", [0.5])]
+)
+def test_dropout_is_the_setting_s_or_the_paper_s(network, rates):
+    model = build_model(configured(network, "model.dropout=0.37"), AUS, "none").model
+    assert [module.p for module in model.modules() if isinstance(module, nn.Dropout)] == rates
+
+
+@pytest.mark.parametrize("network", ["led_sssnet", "sssnet_of"])
+def test_layers_are_in_the_order_of_the_paper(network):
+    network = build_model(configured(network), AUS, "none").model.network
+    dimension = "3d" if network.stream == "led" else "2d"
+    block = [f"Conv{dimension}", "ReLU", f"MaxPool{dimension}", f"BatchNorm{dimension}", f"Dropout{dimension}"]
+    assert [type(layer).__name__ for layer in network.blocks] == 2 * block
+    assert [type(layer).__name__ for layer in network.head] == ["Linear", "ReLU", "Dropout", "Linear"]
+    assert {layer.p for layer in (*network.blocks, *network.head) if "Dropout" in type(layer).__name__} == {0.5}
+    convolutions = [tuple(layer.weight.shape) for layer in network.blocks if "Conv" in type(layer).__name__]
+    pools = [layer.kernel_size for layer in network.blocks if "Pool" in type(layer).__name__]
+    if dimension == "3d":
+        assert (convolutions, pools) == ([(32, 1, 1, 5, 5), (64, 32, 2, 3, 3)], [(1, 3, 3), 2])
+    else:
+        assert (convolutions, pools) == ([(32, 3, 5, 5), (64, 32, 3, 3)], [3, 2])
+
+
 def test_sizes_are_those_of_the_papers():
     count = {
         name: sum(p.numel() for p in build_model(configured(name), AUS, "none").model.parameters())

@@ -6,6 +6,7 @@ import torch
 from aullm_dist.errors import UserError
 from aullm_dist.llm.backbone import ACTIVATION_CHECKPOINTING, BackboneOptions, embedding_rms, load_backbone
 from aullm_dist.llm.tiny import build_tiny_backbone
+from aullm_dist.model import reasoner as reasoner_module
 from aullm_dist.model.prompt import build_prompt
 from aullm_dist.model.reasoner import Reasoner
 from aullm_dist.packing import masks
@@ -174,13 +175,24 @@ def test_bfloat16_gives_float32_logits_and_finite_gradients(folders, autocast):
 
 def test_self_check_passes_on_a_good_mask_and_raises_on_a_leak(folders, monkeypatch):
     reasoner = make_reasoner(folders["llama"], attention="sdpa")
+    drawn = torch.get_rng_state()
     assert reasoner.self_check() < 1e-5
+    assert torch.equal(torch.get_rng_state(), drawn), "a check draws from a generator of its own"
     assert reasoner.training
     causal = masks.create_causal_mask
     monkeypatch.setattr(masks, "create_causal_mask", lambda and_mask_function, **given: causal(**given))
     masks._masks.clear()
     with pytest.raises(UserError, match="other hidden states packed than padded"):
         reasoner.self_check()
+
+
+def test_the_self_check_shows_the_llm_the_ids_that_training_shows(folders, monkeypatch):
+    reasoner, seen = make_reasoner(folders["llama"]), []
+    check = reasoner_module.self_check
+    monkeypatch.setattr(reasoner_module, "self_check", lambda *a, ids, **k: seen.append(ids) or check(*a, ids=ids, **k))
+    reasoner.self_check()
+    assert len(seen) == 1
+    assert seen[0] is reasoner.row_ids
 
 
 def test_hidden_states_that_overflow_are_not_blamed_on_packing(folders):

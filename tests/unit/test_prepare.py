@@ -1,7 +1,10 @@
 import argparse
 import json
 import os
+import sys
+from concurrent.futures import Future
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
 import numpy as np
@@ -101,6 +104,20 @@ def test_published_counts_stand_beside_a_release_of_the_published_size(release):
     report = run(release)
     shown = render_report({**report, "num_clips": 255})
     assert next(line for line in shown.splitlines() if line.startswith("AU4 ")).split()[-1] == "130"
+    # 5 % of 256 clips are 12.8.
+    heads = {n: render_report({**report, "num_clips": n}).splitlines()[4] for n in (243, 244, 268, 269)}
+    beside = {n: head.startswith("AU ") and head.endswith("published") for n, head in heads.items()}
+    assert beside == {243: False, 244: True, 268: True, 269: False}
+
+
+def test_lists_of_a_report_are_cut_after_ten(release):
+    notes = [{"where": f"row {i}", "what": "a note"} for i in range(11)]
+    report = {**run(release), "notes": notes}
+    lines = render_report(report).splitlines()
+    assert "noted (11)" in lines
+    assert sum("a note" in line for line in lines) == 10
+    assert "  ... and 1 more in report.json" in lines
+    assert "more in report.json" not in render_report({**report, "notes": notes[:10]})
 
 
 def break_missing(release):
@@ -343,3 +360,41 @@ def test_nothing_is_written_into_the_release(release):
     with pytest.raises(UserError, match="lies inside --root"):
         prepare("casme2", release, release / "prepared", PrepareOptions(size=16))
     assert before == sorted(release.rglob("*"))
+
+
+class _Pool:
+    """Stands for a pool of processes: works in this one, and remembers how it was asked."""
+
+    made: ClassVar[list[dict]] = []
+
+    def __init__(self, workers, mp_context):
+        self.made.append({"workers": workers, "start": mp_context.get_start_method()})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
+
+    def submit(self, function, *arguments):
+        self.made[-1]["main"] = vars(sys.modules["__main__"]).get("__file__")
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except UserError as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, cancel_futures):
+        self.made[-1]["cancelled"] = cancel_futures
+
+
+def test_processes_report_each_shard_and_leave_the_main_script_alone(release, monkeypatch):
+    monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", _Pool)
+    monkeypatch.setattr(prepare_module, "_CLIPS_PER_SHARD", 1)
+    _Pool.made.clear()
+    steps, main = [], sys.modules["__main__"]
+    report = run(release, num_workers=2, progress=lambda done, total: steps.append((done, total)))
+    assert steps == [(done, report["num_clips"]) for done in range(report["num_clips"] + 1)]
+    assert _Pool.made == [{"workers": 2, "start": "spawn", "main": None, "cancelled": True}]
+    assert sys.modules["__main__"] is main

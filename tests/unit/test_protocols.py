@@ -124,6 +124,26 @@ def test_composite_leaves_each_subject_of_any_corpus_out_once():
     assert all(len({name.split("/")[0] for name in fold.train}) == len(CORPORA) for fold in folds)
 
 
+def test_the_fewest_subjects_of_each_protocol():
+    two = make_samples(sizes=(3, 2))
+    folds = make_folds(two, "loso", inner_fraction=0)
+    assert [(len(fold.train), len(fold.test)) for fold in folds] == [(2, 3), (3, 2)]
+    assert len(make_folds(two, "grouped", num_folds=2, inner_fraction=0)) == 2
+    with pytest.raises(UserError, match="protocol loso needs at least 2 subjects, got 1"):
+        make_folds(make_samples(sizes=(3,)), "loso")
+    with pytest.raises(UserError, match="3 folds: protocol grouped takes 2 up to the number of subjects, 2"):
+        make_folds(two, "grouped", num_folds=3)
+    with pytest.raises(UserError, match="1 folds: protocol grouped"):
+        make_folds(two, "grouped", num_folds=1)
+    for inner_fraction in (-0.1, 1.0):
+        with pytest.raises(UserError, match="must be at least 0 and below 1"):
+            make_folds(two, "loso", inner_fraction=inner_fraction)
+    assert len(make_folds(make_samples(), "grouped")) == 5  # as it is documented
+    # Of two training subjects none is held out, of three one.
+    assert not any(fold.inner for fold in make_folds(make_samples(sizes=(1, 1, 1)), "loso", inner_fraction=0.1))
+    assert all(fold.inner for fold in make_folds(make_samples(sizes=(1, 1, 1, 1)), "loso", inner_fraction=0.1))
+
+
 def test_stratification_counts_positives_of_each_side():
     samples = [replace(sample, aus=(1,) if "sub01" in sample.subject else (4,)) for sample in make_samples()]
     plan = FoldPlan("loso", ("casme2",), (1, 4), 0, make_folds(samples, "loso", inner_fraction=0))

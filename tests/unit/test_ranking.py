@@ -9,8 +9,9 @@ from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_s
 from test_evaluate import AUS, make_run, write_fold
 
 from aullm_dist.cli import main
+from aullm_dist.data.protocols import write_folds
 from aullm_dist.errors import UserError
-from aullm_dist.evaluation.compare import compare_runs, seed_summary
+from aullm_dist.evaluation.compare import compare_blocks, compare_runs, seed_summary
 from aullm_dist.evaluation.evaluate import evaluate_run
 from aullm_dist.evaluation.metrics import f1_macro, probability_of
 from aullm_dist.evaluation.ranking import average_precision, calibration, weighted_ap, within_subject_auc
@@ -124,6 +125,63 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         compare_runs(tmp_path / "a", tmp_path / "c")
     with pytest.raises(UserError, match="no such run folder"):
         compare_runs(tmp_path / "a", tmp_path / "d")
+    for bootstrap, seed in ((-1, 0), (0, -1)):
+        with pytest.raises(UserError, match=f"bootstrap {bootstrap}, seed {seed}: both must be at least 0"):
+            compare_runs(tmp_path / "a", tmp_path / "a", bootstrap=bootstrap, seed=seed)
+    plan, rows = make_run(tmp_path / "e")
+    write_folds(tmp_path / "e" / "folds.json", replace(plan, aus=plan.aus[:3]))
+    for index, fold in rows.items():
+        fewer = [replace(row, labels=row.labels[:3], logits=row.logits[:3]) for row in fold]
+        write_fold(tmp_path / "e", index, fewer, aus=plan.aus[:3])
+    with pytest.raises(UserError, match=r"AUs \[1, 4, 12\]; .* has \[1, 4, 12, 45\]; the two must be equal"):
+        compare_runs(tmp_path / "a", tmp_path / "e")
+    with pytest.raises(UserError, match=r"AUs \[1, 4, 12\]; .* has \[1, 4, 12, 45\]"):
+        seed_summary([tmp_path / "a", tmp_path / "e"])
+
+
+def test_the_tables_of_a_comparison_by_hand():
+    def part(difference, ci):
+        return {"first": 0.5, "second": 0.75, "difference": difference, "ci": ci}
+
+    scores = {"f1_binary": part(0.25, [0.1, 0.4]), "f1_macro": part(-0.0125, [-0.05, 0.025])}
+    ranks = {"auc": part(None, None), "ap": part(0.0, None)}
+    result = {
+        "first": "runs/a", "second": "runs/b", "aus": [12], "num_clips": 40,
+        "num_subjects": 7, "resamples": 500, "seed": 3, "caveats": [],
+        "mean": {**scores, **ranks}, "per_au": {"AU12": {**scores, **ranks}},
+    }  # fmt: skip
+    binary, ranking_table = compare_blocks(result)
+    assert binary.title[0] == "runs/b minus runs/a, in points"
+    assert "40 clips of 7 subjects" in binary.title[1]
+    assert "f1_binary 50.0 and 75.0" in binary.title[1]
+    assert binary.header == ("AU", "f1_binary", "95% CI", "f1_macro", "95% CI")
+    cells = ("+25.0", "+10.0..+40.0", "-1.2", "-5.0..+2.5")
+    assert [row[1:] for row in binary.rows] == [cells, cells]
+    assert binary.rows[1][0] == "mean of 1 AUs"
+    assert ranking_table.header == ("AU", "auc", "95% CI", "ap", "95% CI")
+    assert ranking_table.rows[0][1:] == ("-", "-", "+0.0", "-")
+    assert "the same 500 resamples of the subjects, seed 3" in ranking_table.notes[0]
+
+
+def test_the_interval_of_a_difference_is_that_of_differences(tmp_path):
+    _, rows = make_run(tmp_path / "a")
+    make_run(tmp_path / "b")
+    for index, fold in rows.items():
+        write_fold(tmp_path / "b", index, [replace(r, logits=tuple(-x for x in r.logits)) for r in fold])
+    there, back = (compare_runs(tmp_path / one, tmp_path / two, bootstrap=40, seed=5) for one, two in ("ab", "ba"))
+    assert (there["resamples"], there["seed"], there["unit"]) == (40, 5, "fraction")
+    assert (there["num_clips"], there["num_subjects"]) == (30, 6)
+    for name in ("f1_binary", "f1_macro", "auc", "ap"):
+        for key in ("AU1", "AU4", "AU12"):
+            one, other = there["per_au"][key][name], back["per_au"][key][name]
+            assert one["first"] == other["second"]
+            assert one["difference"] == one["second"] - one["first"] == -other["difference"]
+            assert one["ci"] == pytest.approx([-bound for bound in reversed(other["ci"])])
+            assert one["ci"][0] <= one["difference"] <= one["ci"][1]
+    plain = compare_runs(tmp_path / "a", tmp_path / "b", bootstrap=0)
+    assert plain["resamples"] == 0
+    assert plain["mean"]["auc"]["ci"] is None
+    assert plain["mean"]["auc"]["difference"] == there["mean"]["auc"]["difference"]
 
 
 def test_several_seeds_are_scored_one_by_one_and_averaged(tmp_path, capsys):

@@ -211,6 +211,16 @@ def test_subjects_merged_downwards_hold_for_each_row(root):
     assert "1 ranges of merged cells" in notes(root)
 
 
+@pytest.mark.parametrize(("area", "told"), [("A9:B9", False), ("K2:L3", False), ("I2:J2", False), ("I2:I3", True)])
+def test_merged_cells_that_change_nothing_are_not_told(root, area, told):
+    """Below the table, beside it, and of one column over a nameless one; one down a column is."""
+    rows = table()
+    rows[2][8] = None if told else rows[2][8]
+    write_xlsx(root, rows, merge(area))
+    index = read_corpus("casme2", root)
+    assert any("ranges of merged cells" in str(note) for note in index.notes) is told
+
+
 def test_two_columns_for_one_thing_are_refused_where_they_differ(root):
     rows = [[*row, row[AU]] for row in table()]
     file = write_xlsx(root, rows)

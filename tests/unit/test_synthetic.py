@@ -271,6 +271,7 @@ def test_root_is_kept_reused_or_refused(tmp_path):
         ({"corpus": "casme9"}, "corpus"),
         ({"amplitude_percent": -1.0}, "amplitude_percent"),
         ({"balance": 1.5}, "balance"),
+        ({"balance": -0.1}, "balance"),
         ({"shift": "gama"}, "shift"),
         ({"num_frames": (20, 10)}, "num_frames"),
         ({"num_frames": (2, 4)}, "num_frames"),
@@ -331,6 +332,76 @@ def test_every_au_can_be_drawn(corpus):
     for au in sorted({au for combination in CORPORA[corpus].synthetic.combinations for au in combination}):
         frames = subject.render(clip_of(au))
         assert frames.shape == (9, 48, 40)
+
+
+def test_a_seed_draws_the_face_that_it_drew_before():
+    """Numbers of the docs were measured on these faces: who changes the faces on purpose measures again."""
+    first = Subject(still(), 0).render(clip_of(4))[0].astype(float)
+    assert first.reshape(6, 16, 6, 16).mean(axis=(1, 3)) == pytest.approx(
+        np.array(
+            [
+                [74.2, 82.5, 67.6, 79.1, 90.3, 110.8],
+                [77.1, 152.7, 178.1, 171.4, 146.9, 103.6],
+                [109.5, 173.1, 157.5, 157.3, 152.2, 121.2],
+                [122.7, 160.6, 159.6, 173.4, 161.5, 127.4],
+                [128.7, 141.2, 149.2, 142.3, 139.5, 136.4],
+                [131.8, 132.9, 135.2, 141.1, 136.3, 140.1],
+            ]
+        ),
+        abs=0.2,
+    )
+    assert np.abs(np.diff(first, axis=1)).mean() == pytest.approx(5.21, abs=0.02)
+    assert np.abs(np.diff(first, axis=0)).mean() == pytest.approx(6.10, abs=0.02)
+
+
+def test_each_au_moves_what_it_moved_before():
+    """By AU of the subject's left side: mean change in gray values at the apex, and row and column of its centre."""
+    before = {
+        1: (0.444, 33.0, 57.3), 2: (0.456, 34.0, 68.1), 4: (0.491, 34.0, 58.2), 5: (0.300, 40.3, 62.7),
+        6: (0.234, 53.0, 65.9), 7: (0.227, 42.2, 62.9), 9: (0.293, 49.0, 53.3), 10: (0.395, 69.7, 53.3),
+        12: (0.336, 70.9, 59.1), 14: (0.153, 71.4, 61.3), 15: (0.306, 72.2, 59.3), 17: (0.367, 77.4, 49.2),
+        20: (0.181, 72.0, 60.6), 24: (0.296, 71.5, 48.7), 25: (0.311, 73.9, 49.0), 43: (0.500, 40.5, 62.7),
+        45: (0.524, 40.5, 62.7),
+    }  # fmt: skip
+    subject = Subject(still(), 0)
+    rows, columns = np.mgrid[:96, :96]
+    for au, (mean, row, column) in before.items():
+        frames = subject.render(clip_of(au, "left")).astype(float)
+        change = np.abs(frames[4] - frames[0])
+        assert change.mean() == pytest.approx(mean, abs=0.003), au
+        centre = (change * rows).sum() / change.sum(), (change * columns).sum() / change.sum()
+        assert centre == pytest.approx((row, column), abs=0.2), au
+
+
+@pytest.mark.parametrize(
+    ("corpus", "frames", "aus", "emotions", "drawn"),
+    [
+        ("casme", (28231, 518, 1036), (60, 0, 6), (1, 2, 14), (60.642, 10.523)),
+        ("casme2", (49196, 1766, 3389), (75, 0, 6), (5, 2, 18), (75.846, 9.878)),
+        ("samm", (134214, 1904, 3725), (62, 0, 6), (7, 2, 34), (59.986, 9.489)),
+        ("4dme", (6176, 500, 1048), (86, 4, 6), (4, 6, 33), (84.746, 9.156)),
+        ("mmew", (50, 940, 1854), (74, 0, 6), (5, 5, 24), (73.160, 10.413)),
+        ("casme3a", (31653, 271, 544), (59, 0, 6), (1, 3, 24), (58.245, 8.832)),
+        ("casme3c", (21510, 314, 599), (59, 0, 6), (0, 4, 28), (56.128, 10.157)),
+    ],
+)
+def test_a_seed_plans_the_clips_that_it_planned_before(corpus, frames, aus, emotions, drawn):
+    """Sums over 50 clips: onsets, frames to apex and offset; movements, static, one-sided; strengths, residuals."""
+    clips = plan_clips(SyntheticSpec(corpus=corpus, subjects=5, clips_per_subject=10))
+    assert frames == (
+        sum(clip.onset for clip in clips),
+        sum(clip.apex - clip.onset for clip in clips),
+        sum(clip.offset - clip.onset for clip in clips),
+    )
+    assert sum(clip.apex_missing for clip in clips) == 4
+    moves = [move for clip in clips for move in clip.movements]
+    static = sum(any(move.static for move in clip.movements) for clip in clips)
+    one_sided = sum(any(move.side != "both" for move in clip.movements) for clip in clips)
+    assert aus == (len(moves), static, one_sided)
+    spoken = Counter(clip.emotion for clip in clips)
+    assert (spoken["happiness"], spoken["surprise"], spoken["others"]) == emotions
+    sums = sum(move.strength for move in moves), sum(clip.residual for clip in clips)
+    assert sums == pytest.approx(drawn, abs=0.001)
 
 
 @pytest.mark.parametrize("shift", ["none", "corpus", "vignette_banding"])

@@ -173,3 +173,25 @@ def test_wrong_clips_are_refused():
         VisualBackbone(6, 15)
     with pytest.raises(ValueError, match=r"views is \[2, 5, 64, 64\], allowed is \[V, 6, 64, 64\]"):
         VisualBackbone()(torch.rand(2, 5, 64, 64))
+
+
+def test_shapes_of_the_visual_stream():
+    """Checkpoints and releases hold tensors of these shapes; a kernel of another width can leave the grid as it is."""
+    shared = {
+        "summary.weight": (256, 10368), "summary.bias": (256,),
+        "summary_norm.weight": (256,), "summary_norm.bias": (256,),
+    }  # fmt: skip
+    attention = {
+        "attention.squeeze.weight": (4, 64), "attention.squeeze.bias": (4,),
+        "attention.excite.weight": (64, 4), "attention.excite.bias": (64,),
+    }  # fmt: skip
+    norms = {f"norm{i}.{kind}": (width,) for i, width in ((1, 32), (2, 64)) for kind in ("weight", "bias")}
+    led = {"conv1.weight": (32, 1, 1, 5, 5), "conv2.weight": (64, 32, 2, 3, 3), **norms, **attention}
+    led |= {f"led.{name}": (1,) for name in ("log_alpha", "logit_r1", "logit_r2")}
+    flow = {"conv1.weight": (32, 2, 5, 5), "conv2.weight": (64, 32, 3, 3), **norms, **attention}
+    flow = {f"flow.{name}": shape for name, shape in flow.items()}
+    for visual, shapes in (("led", led), ("flow", flow), ("both", {**led, **flow, "mix.weight": (64, 128)})):
+        model = VisualBackbone(6, 64, dropout=0.1, visual=visual)
+        assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {**shared, **shapes}
+        groups = {module.num_groups for module in model.modules() if isinstance(module, torch.nn.GroupNorm)}
+        assert groups == {8}
