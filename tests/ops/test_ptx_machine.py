@@ -145,6 +145,18 @@ def test_matrices_are_spread_over_a_warp_and_gathered_again():
         assert np.array_equal(warps.gather_rows(spread, transposed).view(np.uint16), rows)
 
 
+def test_a_warp_shares_its_largest_number():
+    body = """
+  cvt.rn.f32.s32 %r6, %r3;
+  redux.sync.max.f32 %r7, %r6, -1;
+  cvt.rzi.s32.f32 %r8, %r7;
+  st.global.b32 [ %rd5 + 0 ], { %r8 };
+  ret;
+}
+"""
+    assert run(body).tolist() == [31] * 32 + [63] * 32
+
+
 def test_conversions_round_as_a_gpu_does():
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 100
     rounded = torch.from_numpy(arithmetic.f32_to_bf16(values.numpy()).view(np.int16)).view(torch.bfloat16)

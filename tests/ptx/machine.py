@@ -259,6 +259,13 @@ class Machine:
         how = warps.shuffle_butterfly if ".bfly." in statement.opcode else warps.shuffle_index
         self.assign(target, how(self.value(source, np.uint32), self.value(other, np.uint32)), mask)
 
+    def reduce(self, statement: Statement, mask: np.ndarray | None) -> None:
+        """Give every thread of a warp the largest of what they hold."""
+        target, source, members = statement.operands
+        assert mask is None, statement.text
+        assert (self.value(members, np.uint32) == 0xFFFFFFFF).all(), statement.text
+        self.assign(target, warps.largest(self.value(source, np.float32)), mask)
+
     def load_matrices(self, statement: Statement, mask: np.ndarray | None) -> None:
         """Read 8 x 8 matrices from shared memory into fragments."""
         targets, address = statement.operands
@@ -303,6 +310,7 @@ _HANDLERS: tuple[tuple[str, Callable], ...] = (
     ("nop", Machine.nothing),
     ("shfl.sync.bfly.b32", Machine.shuffle),
     ("shfl.sync.idx.b32", Machine.shuffle),
+    ("redux.sync.max.f32", Machine.reduce),
     ("ldmatrix.sync.aligned.m8n8.", Machine.load_matrices),
     ("stmatrix.sync.aligned.m8n8.", Machine.store_matrices),
     ("mma.sync.aligned.m16n8k", Machine.multiply),

@@ -21,6 +21,11 @@ def shuffle_index(values: np.ndarray, lanes: np.ndarray) -> np.ndarray:
     return np.take_along_axis(values.reshape(-1, 32), chosen, axis=1).reshape(-1)
 
 
+def largest(values: np.ndarray) -> np.ndarray:
+    """Give each thread the largest number of its warp; a NaN is passed over."""
+    return np.fmax.reduce(values.reshape(-1, 32), axis=1).repeat(32)
+
+
 def row_addresses(addresses: np.ndarray, matrices: int) -> np.ndarray:
     """Return the addresses of the rows of 8 x 8 matrices that the threads of a warp give, `[matrices, warps * 8]`."""
     given = addresses.reshape(-1, 32)
