@@ -145,7 +145,9 @@ def test_a_table_names_each_au(run, tiny_dataset, clip, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == clip[0]
     assert re.fullmatch(r"  AU4 Brow Lowerer +0\.\d{3} +0\.\d{3} +(yes|-)", lines[4])
-    assert lines[-1].startswith("Thresholds: per fold and AU, highest f1_macro on the fold's own inner")
+    assert lines[-3].startswith("Thresholds: per fold and AU, highest f1_macro on the fold's own inner")
+    assert lines[-2].startswith("Note: the model was trained on synthetic faces")
+    assert lines[-1].startswith("Note: the model's LLM has random weights")
 
 
 @pytest.mark.parametrize(
