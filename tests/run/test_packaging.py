@@ -59,7 +59,12 @@ def _third_party_imports(*folders: str) -> dict[str, str]:
     """Return each imported top-level name that is neither ours nor Python's, with one file that imports it."""
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     folders_beside = ("tests", "benchmarks", "kernels/benchmarks")
-    beside = [path.stem for folder in folders_beside for path in (ROOT / folder).rglob("*.py")]
+    beside = [
+        name
+        for folder in folders_beside
+        for path in (ROOT / folder).rglob("*.py")
+        for name in (path.stem, path.parent.name)
+    ]
     ours = {"aullm_dist", "aullm_kernels", *beside}
     found = {}
     for path in files:
