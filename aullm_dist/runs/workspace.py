@@ -196,15 +196,19 @@ def _synthetic_dataset(config: Config) -> Path:
     return prepared
 
 
+WRITTEN_LLMS = ("tiny", "smollm2")
+"""Names in `model.llm` of which a run writes the folder, below its own."""
+
+
 def check_llm(config: Config) -> None:
-    """Refuse an LLM that is no model folder; the name of one on the Hugging Face Hub is looked up when it is loaded.
+    """Refuse an LLM that is no model folder and that no run writes; a name on the Hub is looked up when it is loaded.
 
     Raises:
         UserError: `model.llm` is a path, and there is none.
     """
     from aullm_dist.llm.files import resolve
 
-    if config.model.llm not in ("tiny", "none"):
+    if config.model.llm not in WRITTEN_LLMS and config.model.llm != "none":
         resolve(config.model.llm)
 
 

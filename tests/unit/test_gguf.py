@@ -10,12 +10,14 @@ from tiny_gguf import WIDTH, write_gguf
 from transformers import AutoTokenizer
 
 from aullm_dist.cli import main
+from aullm_dist.config import find_config, load
 from aullm_dist.errors import UserError
 from aullm_dist.llm.backbone import BackboneOptions, load_backbone
 from aullm_dist.llm.files import resolve
 from aullm_dist.llm.stored import gguf_file, smollm2
 from aullm_dist.llm.stored.gguf_file import convert_gguf
 from aullm_dist.release.facts import describe_base
+from aullm_dist.runs.workspace import check_llm
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +132,11 @@ def test_a_run_keeps_the_folder_that_it_wrote_and_no_other(converted, monkeypatc
     (folder / gguf_file.SOURCE_NAME).write_text("{}")
     with pytest.raises(UserError, match="remove it"):
         smollm2.keep_or_fetch(folder)
+
+
+@pytest.mark.parametrize("name", ["demo", "demo_llm"])
+def test_a_run_file_may_name_an_llm_that_the_run_writes_itself(name):
+    """No folder is there yet: `make demo-llm` began with a refusal of its own name."""
+    check_llm(load(find_config(name)))
+    with pytest.raises(UserError, match="no such folder"):
+        check_llm(load(find_config(name), ["model.llm=./models/nowhere"]))
