@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from aullm_dist.config import (
+    BUILT,
     Config,
     ModelConfig,
     different_settings,
@@ -196,10 +197,6 @@ def _synthetic_dataset(config: Config) -> Path:
     return prepared
 
 
-WRITTEN_LLMS = ("tiny", "smollm2")
-"""Names in `model.llm` of which a run writes the folder, below its own."""
-
-
 def check_llm(config: Config) -> None:
     """Refuse an LLM that is no model folder and that no run writes; a name on the Hub is looked up when it is loaded.
 
@@ -208,7 +205,7 @@ def check_llm(config: Config) -> None:
     """
     from aullm_dist.llm.files import resolve
 
-    if config.model.llm not in WRITTEN_LLMS and config.model.llm != "none":
+    if config.model.llm not in (*BUILT, "none"):
         resolve(config.model.llm)
 
 
