@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from aullm_dist.library_errors import LIBRARY_ERRORS
 from aullm_dist.packing.forward import decoder_of
 from aullm_dist.packing.hybrids import carry_states
 from aullm_dist.packing.probe import TooSlow, quietly
-from aullm_dist.packing.shrink import VOCAB, key_of, shrink
+from aullm_dist.packing.shrink import VOCAB, KeyedConfig, shrink
 
 _TOKENS = 12
 
@@ -58,7 +58,7 @@ def bypassed_layers(model: PreTrainedModel) -> list[str]:
     if type(model.config) not in AutoModelForCausalLM._model_mapping:
         return []  # code of its own is not built at tiny size
     try:
-        kinds = _watched(_Key(shrink(model.config)))
+        kinds = _watched(KeyedConfig(shrink(model.config)))
     except (*LIBRARY_ERRORS, TooSlow):
         # What cannot be built small runs as it always did.
         return []
@@ -80,26 +80,12 @@ def leaving_plain(quantization: BitsAndBytesConfig, model: PreTrainedModel) -> B
     return quantization
 
 
-class _Key:
-    """A small config that is equal to another by its hash, for the cache."""
-
-    def __init__(self, config: PretrainedConfig) -> None:
-        self.config = config
-        self._key = key_of(config)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and other._key == self._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-
 @functools.lru_cache(maxsize=64)
-def _watched(key: _Key) -> frozenset[tuple[str, str]]:
+def _watched(small: KeyedConfig) -> frozenset[tuple[str, str]]:
     """Return (class that holds the layer, the layer's name there) of every layer that a forward pass bypasses."""
     with quietly(), torch.device("cpu"):
         torch.default_generator.manual_seed(0)
-        model: Any = AutoModelForCausalLM.from_config(key.config, dtype=torch.float32, attn_implementation="eager")
+        model: Any = AutoModelForCausalLM.from_config(small.config, dtype=torch.float32, attn_implementation="eager")
         decoder = decoder_of(model)
         carry_states(decoder)
         seen: set[str] = set()

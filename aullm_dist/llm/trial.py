@@ -31,7 +31,7 @@ from aullm_dist.llm.quantization import (
 )
 from aullm_dist.packing.forward import padded_hidden
 from aullm_dist.packing.probe import TooSlow, quietly, tiny_model
-from aullm_dist.packing.shrink import VOCAB, key_of, shrink
+from aullm_dist.packing.shrink import VOCAB, KeyedConfig, shrink
 
 _TEXTS = 4
 """Drawn one after another, as long as a layer is without a gradient: experts that one text leaves out get another."""
@@ -57,7 +57,7 @@ def try_adapting(config: PretrainedConfig, *, nf4: bool) -> Trial:
     """
     if type(config) not in AutoModelForCausalLM._model_mapping:
         return Trial()  # code of its own is not built before the user's files are read
-    given = _Config(config)
+    given = KeyedConfig(config)
     # One layer of each kind is quickly tried, and mostly nothing comes of it.
     return _trial(given, nf4, True) if _trial(given, nf4, False) != Trial() else Trial()
 
@@ -110,22 +110,8 @@ def freeze_lora(wrapped: nn.Module, targets: Iterable[str]) -> None:
             parameter.requires_grad_(parameter.requires_grad and not name.startswith("lora_"))
 
 
-class _Config:
-    """A config that is equal to another of the same architecture, for the cache."""
-
-    def __init__(self, config: PretrainedConfig) -> None:
-        self.config = config
-        self._key = key_of(config)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Config) and other._key == self._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-
 @functools.lru_cache(maxsize=64)
-def _trial(given: _Config, nf4: bool, all_layers: bool) -> Trial:
+def _trial(given: KeyedConfig, nf4: bool, all_layers: bool) -> Trial:
     with quietly():
         try:
             model = tiny_model(shrink(given.config, keep_layers=all_layers))

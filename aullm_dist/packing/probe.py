@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from aullm_dist.library_errors import LIBRARY_ERRORS, in_one_line
 from aullm_dist.packing import attention
 from aullm_dist.packing.forward import decoder_of, packed_hidden, padded_hidden
-from aullm_dist.packing.shrink import VOCAB, key_of, shrink
+from aullm_dist.packing.shrink import VOCAB, KeyedConfig, shrink
 
 PREFIX_TOKENS, SUFFIX_TOKENS, SUFFIXES = 13, 7, 3
 TOLERANCE = 1e-4
@@ -69,35 +69,22 @@ def probe_packed(config: PretrainedConfig) -> Finding:
     return _packed(*_small(config))
 
 
-class _Key:
-    """A small config that is equal to another by its hash, for the cache."""
-
-    def __init__(self, config: PretrainedConfig | None, key: str) -> None:
-        self.config = config
-        self._key = key
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and other._key == self._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-
-def _small(config: PretrainedConfig) -> tuple[_Key, str]:
+def _small(config: PretrainedConfig) -> tuple[KeyedConfig, str]:
+    """Return the small config, or the whole one with what stands in the way."""
     try:
         small = shrink(config)
     except LIBRARY_ERRORS as error:
-        return _Key(None, key_of(config)), f"cannot be built small ({in_one_line(error)})"
-    return _Key(small, key_of(small)), ""
+        return KeyedConfig(config), f"cannot be built small ({in_one_line(error)})"
+    return KeyedConfig(small), ""
 
 
 @functools.lru_cache(maxsize=256)
-def _padded(key: _Key, problem: str) -> Finding:
+def _padded(small: KeyedConfig, problem: str) -> Finding:
     with quietly():
         try:
-            if key.config is None:
+            if problem:
                 return Finding(problem, proven=False)
-            model = tiny_model(key.config)
+            model = tiny_model(small.config)
             with torch.no_grad():
                 by_ids = decoder_of(model)(input_ids=_ids(), use_cache=False).last_hidden_state
             if not by_ids.isfinite().all():
@@ -115,12 +102,12 @@ def _padded(key: _Key, problem: str) -> Finding:
 
 
 @functools.lru_cache(maxsize=256)
-def _packed(key: _Key, problem: str) -> Finding:
+def _packed(small: KeyedConfig, problem: str) -> Finding:
     with quietly():
         try:
-            if key.config is None:
+            if problem:
                 return Finding(problem, proven=False)
-            return _compare_with_padded(tiny_model(key.config))
+            return _compare_with_padded(tiny_model(small.config))
         except TooSlow:
             return _TOO_SLOW
         except LIBRARY_ERRORS as error:

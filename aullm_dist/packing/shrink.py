@@ -119,6 +119,20 @@ def key_of(config: PretrainedConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+class KeyedConfig:
+    """A config that equals another of the same architecture, by `key_of`: what a cache of findings is asked with."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.config = config
+        self._key = key_of(config)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KeyedConfig) and other._key == self._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
 def _cut(value: Any, small: int) -> Any:
     if isinstance(value, bool) or value is None:
         return value

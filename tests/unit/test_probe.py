@@ -9,7 +9,7 @@ from aullm_dist.errors import UserError
 from aullm_dist.packing import attention, hybrids, probe
 from aullm_dist.packing.forward import _check_length
 from aullm_dist.packing.probe import probe_packed, probe_padded
-from aullm_dist.packing.shrink import VOCAB, WINDOW, key_of, shrink
+from aullm_dist.packing.shrink import VOCAB, WINDOW, KeyedConfig, key_of, shrink
 from aullm_dist.packing.support import check_packable, is_decoder
 
 
@@ -95,14 +95,14 @@ def test_an_attention_that_forgets_something_is_noticed(monkeypatch, broken):
     small = shrink(released(name, **settings))
     # Without its sinks a layer gives those no gradient either, which is found first.
     words = "cannot run packed" if broken == "sinks" else "packed than padded"
-    assert words in probe._packed.__wrapped__(probe._Key(small, ""), "").refusal
+    assert words in probe._packed.__wrapped__(KeyedConfig(small), "").refusal
 
 
 def test_a_hybrid_whose_state_is_not_carried_is_refused(monkeypatch):
     monkeypatch.setattr(hybrids, "carry_states", lambda decoder: None)
     monkeypatch.setattr("aullm_dist.packing.forward.carry_states", lambda decoder: None)
     small = shrink(released("qwen3_5_text"))
-    assert "packed than padded" in probe._packed.__wrapped__(probe._Key(small, ""), "").refusal
+    assert "packed than padded" in probe._packed.__wrapped__(KeyedConfig(small), "").refusal
 
 
 def test_texts_longer_than_a_chunk_are_refused():
@@ -115,5 +115,5 @@ def test_texts_longer_than_a_chunk_are_refused():
 def test_the_generator_stays_as_it_was():
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    probe._packed.__wrapped__(probe._Key(shrink(released("llama")), ""), "")
+    probe._packed.__wrapped__(KeyedConfig(shrink(released("llama"))), "")
     assert torch.equal(torch.random.get_rng_state(), before)
