@@ -36,6 +36,8 @@ from aullm_dist.release.predicting import Prediction, predict, views_of
 from aullm_dist.runtime.gpu import compute_float32_exactly
 from aullm_dist.training.build import build_model
 
+ReleaseFormat = Literal["adapter", "merged", "checkpoint", "served"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
@@ -47,7 +49,7 @@ class Release:
 
     path: Path
     """The release or checkpoint folder."""
-    format: Literal["adapter", "merged", "checkpoint", "served"]
+    format: ReleaseFormat
     model: nn.Module
     """`AULLM`, or `NetworkAlone` of a checkpoint without an LLM; in evaluation mode, on `device`."""
     aus: tuple[int, ...]
@@ -152,11 +154,32 @@ def load_unchecked(
     _refuse_other_tokens(folder, described["prompt"], built)
     values = {name: load_file(folder / path) for name, path in files.items() if path in tensors}
     SavedState({}, plan, {item.name: values[item.file][item.key] for item in plan}, {}).apply()
+    return release_of(folder, described, built.model.to(device), config, described["format"], device)
+
+
+def release_of(
+    folder: Path,
+    described: Mapping[str, Any],
+    model: nn.Module,
+    config: Config,
+    format: ReleaseFormat,
+    device: torch.device,
+) -> Release:
+    """Return a loaded release with what its config.json says of it.
+
+    Args:
+        folder: where it is.
+        described: its config.json.
+        model: its model, with the release's values.
+        config: see `Release`.
+        format: see `Release`.
+        device: of the model.
+    """
     preprocessing = described["preprocessing"]
     return Release(
         path=folder,
-        format=described["format"],
-        model=built.model.to(device).eval(),
+        format=format,
+        model=model.eval(),
         aus=tuple(described["aus"]),
         thresholds=Thresholds(
             values={au: described["thresholds"][f"AU{au}"] for au in described["aus"]},

@@ -20,8 +20,7 @@ from aullm_dist.model.prompt import Prompt
 from aullm_dist.model.reasoner import Reasoner
 from aullm_dist.model.relations import build_relations
 from aullm_dist.release.layout import CONFIG_FILE, PROBE_FILE
-from aullm_dist.release.loading import Release, recorded_caveats
-from aullm_dist.release.origin import Thresholds
+from aullm_dist.release.loading import Release, release_of
 from aullm_dist.release.probe import answer_probe, read_probe
 from aullm_dist.release.splitting import NOTHING, PROMPT_FILE, words_of
 
@@ -119,22 +118,7 @@ def load_served(folder: Path, ask: Ask) -> Release:
     model.reasoner = reasoner
     plan = plan_tensors(model)
     SavedState({}, plan, {item.name: values[item.key] for item in plan}, {}).apply()
-    thresholds = {au: described["thresholds"][f"AU{au}"] for au in aus}
-    preprocessing = described["preprocessing"]
-    return Release(
-        path=folder,
-        format="served",
-        model=model.eval(),
-        aus=aus,
-        thresholds=Thresholds(values=thresholds, policy=described["threshold_policy"]),
-        num_frames=preprocessing["num_frames"],
-        size=preprocessing["size"],
-        crop=preprocessing["crop"],
-        corpora=tuple(described["corpora"]),
-        caveats=recorded_caveats(described),
-        config=config,
-        device=torch.device("cpu"),
-    )
+    return release_of(folder, described, model, config, "served", torch.device("cpu"))
 
 
 def largest_difference(release: Release) -> float:
