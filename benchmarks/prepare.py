@@ -17,21 +17,19 @@ import sys
 import tempfile
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from common import write_json
 from datasets import load_from_disk
+from flow import recipe_of
 from openpyxl import Workbook
 from PIL import Image, ImageFilter
 
 from aullm_dist.data.clips import ClipStore
 from aullm_dist.data.corpora import CORPORA
 from aullm_dist.data.preparation.prepare import PrepareOptions, prepare
-from aullm_dist.model.counterfactual import Chances
-from aullm_dist.model.relations import build_relations, sample_structure_edit
-from aullm_dist.training.batches import ClipRecipe, make_sample
+from aullm_dist.training.batches import make_sample
 
 FRAMES_PER_CLIP = 67
 SCALE_FRAMES = 8
@@ -156,16 +154,7 @@ def make_training_samples(folder: Path, size: int, num_samples: int) -> float:
     """Training samples per second: decoded, cut, augmented, with two interventions, as a loader makes them."""
     store = ClipStore([folder], size)
     view = store.view([sample.sample_id for sample in store.samples])
-    relations = build_relations(CORPORA["casme2"].aus)
-    recipe = ClipRecipe(
-        num_frames=6,
-        cut_fraction=0.2,
-        augment=True,
-        chances=Chances(2, {"structure": 1.0, "appearance": 1.0, "neutral": 1.0}),
-        prior_mask=relations.prior_mask,
-        edit_structure=partial(sample_structure_edit, relations, 0.15),
-        contradiction=True,
-    )
+    recipe = recipe_of("led", training=True)
     labels = view.labels(CORPORA["casme2"].aus)
     started = time.perf_counter()
     for number in range(num_samples):
