@@ -17,11 +17,11 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -34,6 +34,7 @@ from aullm_dist.planning.cluster import Cluster
 from aullm_dist.planning.planner import PHASES, Plan, plan
 
 WORKER = Path(__file__).with_name("plan_accuracy_worker.py")
+AnyCase = TypeVar("AnyCase")
 GPUS = torch.cuda.device_count()
 STEPS = 3
 MEMORY_LIMIT, TRAFFIC_LIMIT = 0.10, 0.02
@@ -177,11 +178,7 @@ CASES = {
 def main() -> int:
     """Run the cases, print the table, and return 1 if a bar was missed."""
     options = parse_arguments(__doc__, CASES)
-    rows = {}
-    for name in options.cases:
-        with tempfile.TemporaryDirectory(prefix="aullm-plan-", dir=options.scratch) as folder:
-            rows[name] = compare(CASES[name], Path(folder), options.timeout)
-        print(f"{name} is measured", file=sys.stderr)
+    rows = compared(options, CASES, compare)
     misses = [line for name, row in rows.items() for line in missed(name, row)]
     report = {
         "benchmark": "plan_accuracy", "command": shlex.join(["python", *sys.argv]),
@@ -194,6 +191,18 @@ def main() -> int:
     for line in misses:
         print(f"MISSED {line}", file=sys.stderr)
     return int(bool(misses))
+
+
+def compared(
+    options: argparse.Namespace, cases: Mapping[str, AnyCase], compare: Callable[[AnyCase, Path, int], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return what `compare` finds of each case that was asked for, in a folder that is removed behind it."""
+    rows = {}
+    for name in options.cases:
+        with tempfile.TemporaryDirectory(prefix="aullm-plan-", dir=options.scratch) as folder:
+            rows[name] = compare(cases[name], Path(folder), options.timeout)
+        print(f"{name} is measured", file=sys.stderr)
+    return rows
 
 
 def parse_arguments(doc: str, cases: Iterable[str]) -> argparse.Namespace:

@@ -13,7 +13,6 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +24,7 @@ from plan_accuracy import (
     PACKAGES,
     WORKER,
     Case,
+    compared,
     llm,
     off,
     parse_arguments,
@@ -100,11 +100,7 @@ CASES = {
 def main() -> int:
     """Run the cases one after the other, print the table, and return 1 if a bar was missed."""
     options = parse_arguments(__doc__, CASES)
-    rows = {}
-    for name in options.cases:
-        with tempfile.TemporaryDirectory(prefix="aullm-plan-", dir=options.scratch) as folder:
-            rows[name] = compare(CASES[name], Path(folder), options.timeout)
-        print(f"{name} is measured", file=sys.stderr)
+    rows = compared(options, CASES, compare)
     misses = [name for name, row in rows.items() if abs(off(row["phases"]["run"])) > MEMORY_LIMIT]
     report = {
         "benchmark": "plan_on_fake_gpu", "command": shlex.join(["python", *sys.argv]), "rows": rows, "missed": misses,
