@@ -243,7 +243,7 @@ def bars_of(sizes: Sizes, ranks: int) -> dict[str, dict[str, float]]:
     group = max(sizes.embedding, sizes.layer)
     quantiser = QUANTISER_BYTES * min(WEIGHTS_AT_ONCE, sizes.largest_weight / ranks)
     tokens = CLIPS * TOKENS
-    # Inputs of all layers; a layer computed anew with its gradients; float32 copies in norms.
+    # Inputs of all layers; a recomputed layer with its gradients; float32 copies in norms.
     checkpoints = BF16 * tokens * sizes.width * (sizes.layers + 1)
     one_layer = 2 * BF16 * tokens * (12 * sizes.width + 5 * sizes.mlp)
     weight = BF16 * sizes.largest_weight + 4 * sizes.largest_weight // BLOCK

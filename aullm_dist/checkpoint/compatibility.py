@@ -14,7 +14,7 @@ from aullm_dist.errors import UserError
 from aullm_dist.llm.identity import BaseIdentity
 
 _NAMED_AT_MOST = 5
-# What decides the function of an adapter beside its tensors; dropout, paths and library versions do not.
+# What decides the function of an adapter in addition to its tensors; dropout, paths and library versions do not.
 _ADAPTER_KEYS = (
     "peft_type",
     "r",

@@ -93,7 +93,7 @@ def processes_of(given: int | None, config: "Config") -> int:
     if chosen is None:
         import torch
 
-        # The most GPUs that a batch can be divided among; a CPU machine is one process.
+        # The most GPUs that a batch can be split over; a CPU machine is one process.
         fitting = [n for n in range(1, torch.cuda.device_count() + 1) if _share_a_batch(n, config)]
         return max(fitting, default=1)
     if chosen < 1:

@@ -67,7 +67,7 @@ def _ablation(args: argparse.Namespace) -> int:
     from aullm_dist.report.ablation import ablation
     from aullm_dist.report.ablation_table import ablation_blocks
 
-    # In the folder of a sweep they lie beside the runs, and `SWEEP/*` names them as well.
+    # In the folder of a sweep they lie next to the runs, and `SWEEP/*` names them as well.
     runs = [run for run in args.runs[1:] if Path(run).name not in (MARKER, RECORD)]
     result = ablation(runs, bootstrap=args.bootstrap, seed=args.seed)
     if args.format == "json":

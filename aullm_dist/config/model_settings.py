@@ -82,7 +82,7 @@ class ModelConfig:
         "loading or taken as stored, and computed in `training.precision`. `nf4_experts`: fused experts as well, "
         "quantised while loading; with `nf4` they stay in 16 bits.",
         "function",
-        # The same LLM in 4 bits is another function, which an adapter trained beside the other does not fit.
+        # The same LLM in 4 bits is another function, which an adapter trained with the other does not fit.
         recorded=Recorded("quantization"),
         llm_only=True,
     )

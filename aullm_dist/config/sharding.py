@@ -78,7 +78,7 @@ def fill_sharding(file: Path, config: dict[str, Any], processes: int, per_node: 
     if HPZ in zero:
         size = per_node if zero[HPZ] == "auto" else zero[HPZ]
         if processes == 1:
-            size = 1  # nothing is divided, so not twice either
+            size = 1  # nothing is sharded, so not twice either
         if processes % size:
             raise UserError(
                 f"{file}: zero_optimization.{HPZ} is {size}, but the run has {processes} processes; allowed: a number "

@@ -98,7 +98,7 @@ def _accelerator(
     strategy: Strategy, training: TrainingConfig, processes: int, *, use_cpu: bool, sharded: bool
 ) -> Accelerator:
     return Accelerator(
-        # With cpu=True Accelerate forgets the plugin in silence and runs DDP; without it and without a backend, every
+        # With cpu=True Accelerate forgets the plugin silently and runs DDP; without it and without a backend, every
         # process of a CPU machine would train alone.
         cpu=use_cpu and not sharded,
         kwargs_handlers=[
@@ -107,7 +107,7 @@ def _accelerator(
         # Mixed precision is part of the model, the same in every engine.
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            # Set anew where teams of the processes train folds of their own.
+            # Set again where teams of the processes train folds of their own.
             num_steps=max(1, training.accumulation(processes)),
             sync_with_dataloader=False,
         ),

@@ -61,7 +61,7 @@ class Rounds:
         """Begin: from here on a pass of the model, and of no other, waits for those of the others."""
         self.detach()
         self._model = model
-        # Before DeepSpeed is told that a pass begins.
+        # Before DeepSpeed learns that a pass begins.
         waits = model.reasoner.register_forward_pre_hook(self._before_pass, prepend=True)
         self._hooks = [waits, self._base.begins_with(model.reasoner)]
 

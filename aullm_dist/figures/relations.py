@@ -34,7 +34,7 @@ def draw_relations(
             [value for edge, value in zip(edges, values, strict=True) if edge[2] == name and edge[3]], dtype=np.float64
         )
         marker, colour = RELATION_MARKERS[name]
-        # Points of one type lie beside each other, in order, so that none hides another.
+        # Points of one type lie next to each other, in order, so that none hides another.
         across = place + (np.linspace(-0.28, 0.28, len(own)) if len(own) > 1 else np.zeros(1))
         ax.plot(across, np.sort(own), marker=marker, color=colour, linestyle="none", markersize=4, alpha=0.8)
         ax.plot([place - 0.36, place + 0.36], [own.mean()] * 2, color=BLACK, linewidth=1.6)

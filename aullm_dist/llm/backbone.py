@@ -428,7 +428,7 @@ def _load_files(
             **options,
         )
     model, info = loaded
-    # The library fills what a file lacks with random numbers and goes on; lm_head alone may lack, it is never called.
+    # The library fills what a file lacks with random numbers and continues; lm_head alone may lack, it is never called.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("lm_head."))
     mismatched = sorted(str(entry[0]) for entry in info["mismatched_keys"])
     if getattr(model, "is_loaded_in_4bit", False):

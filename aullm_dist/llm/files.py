@@ -77,7 +77,7 @@ def local_folder(name_or_path: str | os.PathLike) -> Path:
         UserError: no such folder or name.
     """
     source, is_local = resolve(name_or_path)
-    # A tokenizer may have files besides, which whoever writes the LLM anew wants to copy.
+    # A tokenizer may have more files, which whoever writes the LLM again wants to copy.
     return Path(source if is_local else downloaded(source, "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*"))
 
 

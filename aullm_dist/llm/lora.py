@@ -151,7 +151,7 @@ def lora_values(wrapped: nn.Module, seed: int) -> dict[str, Tensor]:
         torch.default_generator.manual_seed(seed)
         for name, layer in layers:
             for adapter in layer.lora_A:
-                # As PEFT draws: two layers with torch's own first values, of which it then draws the first anew.
+                # As PEFT draws: two layers with torch's own first values, of which it then draws the first again.
                 rank, width, height = layer.r[adapter], layer.in_features, layer.out_features
                 assert isinstance(width, int), "only linear layers are adapted"
                 assert isinstance(height, int)

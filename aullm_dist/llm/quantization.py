@@ -320,7 +320,7 @@ def quantized_modules(model: nn.Module) -> tuple[str, ...]:
 def num_weights(parameters: Iterable[nn.Parameter]) -> int:
     """Return how many weights parameters stand for; a packed one stands for more than it has elements."""
     states = ((parameter, getattr(parameter, "quant_state", None)) for parameter in parameters)
-    # A parameter that ZeRO-3 divided has no elements of its own.
+    # A parameter that ZeRO-3 partitioned has no elements of its own.
     return sum(
         getattr(parameter, "ds_numel", parameter.numel()) if state is None else state.shape.numel()
         for parameter, state in states
@@ -331,7 +331,7 @@ def packed_share(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
     """Return bytes of packed parameters, their quantisation constants included, and bytes of the others."""
     packed = others = 0
     for parameter in parameters:
-        # A parameter that ZeRO-3 divided has no elements of its own.
+        # A parameter that ZeRO-3 partitioned has no elements of its own.
         nbytes = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
         state = getattr(parameter, "quant_state", None)
         if state is None:

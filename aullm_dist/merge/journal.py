@@ -117,7 +117,7 @@ def open_journal(folder: Path, job: Mapping[str, Any]) -> Iterator[Journal]:
                 f"{folder}: holds another unfinished merge ({what} differs); remove it, or give another --out"
             )
         done = {entry["file"]: entry for entry in entries}
-        # Anew: a line that was cut by a kill must not swallow the next one.
+        # Rewritten: a line that was cut by a kill must not swallow the next one.
         os.ftruncate(descriptor, 0)
         os.write(descriptor, b"".join(map(_line, [dict(job), *done.values()])))
         os.fsync(descriptor)

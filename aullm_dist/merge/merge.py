@@ -187,7 +187,7 @@ def merge_llm(
     try:
         adapter = Adapter(job.checkpoint)
         if job.base == "nf4-exact" and any(delta.magnitude for delta in adapter.deltas.values()):
-            # PEFT itself does not merge to what it computes with DoRA beside NF4 weights.
+            # PEFT itself does not merge to what it computes with DoRA on NF4 weights.
             raise UserError(f"{adapter.path}: is DoRA, which is not merged onto NF4 weights; allowed: --base bf16")
         with PeakMemory() as peak:
             receipt = _merge(job, files, adapter, _Target(out, partial), max_ram, probe, peak, started)

@@ -260,7 +260,7 @@ def _output_files(
     by_file: dict[Path, list[str]] = {file: [] for file in files.metadata if file in used}
     unpacked = {name: some[0].weight for name, some in stretches.items() if some[0].how == "unpack"}
     for name, stored in files.tensors.items():
-        # What stands beside a packed weight goes with its packing.
+        # What is stored with a packed weight goes with its packing.
         if f"{name.rpartition('.weight.')[0]}.weight" not in unpacked:
             by_file[stored.file].append(name)
     for file, names in by_file.items():

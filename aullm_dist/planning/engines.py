@@ -205,7 +205,7 @@ class Engine:
             return [*held, flat] if self.cpu else [*held, flat, Term("gradient buckets: T", total)]
         if self.stage < 3:
             return [*held, Term("trained parameters, flat: T", total), Term("their float32 copy: T/N", part)]
-        # Divided one after the other; then joined into flat pieces. Last comes the bucket, whole on a GPU.
+        # Partitioned one after the other; then joined into flat pieces. Last comes the bucket, whole on a GPU.
         joined = [Term("shares, as they were and flat: 2T/N", 2 * part), Term("optimizer's buffers: 3T/N", 3 * part)]
         if self.cpu:
             return [held[1], *joined]

@@ -194,7 +194,7 @@ class Gatherer:
             transfer = _Transfer(same, flat)
             transfer.arrived = len(weights) == 1
             self._transfers.update(dict.fromkeys(same, transfer))
-            # Alone: gloo's own copy. Several: where they arrived, behind which gloo has let go of its copy.
+            # Alone: gloo's own copy. Several: where they arrived, behind which gloo has freed its copy.
             twice += flat or self._copies * sent * self._processes
         return twice
 

@@ -123,7 +123,7 @@ def build(config: Config, llm: PretrainedConfig, prompt: Prompt, in_pieces: bool
     width = int(decoder.config.hidden_size)
     backbone = Backbone(model=wrapped, tokenizer=None, config=llm, hidden_size=width, quantized_modules=(), reasons={})
     relations = build_relations(prompt.aus) if model.structure else None
-    # The implementation that runs without values.
+    # The implementation that runs on shapes alone.
     config = dataclasses.replace(config, model=dataclasses.replace(model, kernels="torch"))
     with torch.random.fork_rng(devices=[]), _NoFirstValues():
         return assemble(config, backbone, prompt, relations, scale=1.0, names=torch.ones(len(prompt.aus), width))

@@ -131,7 +131,7 @@ def _run_sections(run: Path, name: str, gallery: Gallery, models: Models, option
             bootstrap=options.bootstrap, seed=options.seed,
         )  # fmt: skip
         sections.append(attempted(Section(f"Difference to the no-LLM baseline {name}"), fill))
-    # One of them shows its features beside the model's.
+    # One of them shows its features next to the model's.
     baseline = next(iter(baselines.items()), None)
     fill = partial(training_curves.curves, gallery=gallery, run=run)
     sections.append(attempted(Section("Training curves"), fill))

@@ -67,7 +67,7 @@ class Models:
         ]
         if named:
             return _of_the_run(run, [ClipStore(named, size, crops)])
-        # A synthetic corpus lies below the run, perhaps beside those of earlier settings.
+        # A synthetic corpus lies below the run, perhaps next to those of earlier settings.
         folders = sorted(path.parent for path in RunPaths(run).datasets.glob(f"*/{INFO_NAME}"))
         if not folders:
             raise UserError(

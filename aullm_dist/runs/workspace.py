@@ -61,7 +61,7 @@ def check_run_folder(config: Config, mode: Mode) -> Path:
         )
     if mode in ("resume", "again") and saved.exists():
         _refuse_other_config(saved, config, mode)
-    # All folds are replaced, so nobody may train any of them; a job of one fold goes beside those of others.
+    # All folds are replaced, so nobody may train any of them; a job of one fold may run with those of others.
     refuse_running(run, config.data.fold if mode == "resume" else None)
     return run
 
@@ -121,7 +121,7 @@ def remove_results(run: Path) -> None:
 
 def _refuse_other_config(saved: Path, config: Config, mode: Mode) -> None:
     before, now = to_dict(load_recorded(saved)), to_dict(config)
-    # Datasets that lie beside or below a run move with it; what is in them is compared when the run is opened.
+    # Datasets that lie next to or below a run move with it; what is in them is compared when the run is opened.
     output, run = Path(before["training"]["output"]), Path(config.training.output).absolute()
     for side in ("train", "test"):
         places = [[folder, *map(str, moved(Path(folder), output, run))] for folder in before["data"][side]]
@@ -189,7 +189,7 @@ def _synthetic_dataset(config: Config) -> Path:
     if not is_dataset(prepared):
         logger.info("Synthetic corpus: writing %s", corpus)
         write_corpus(spec, corpus)
-        # One process: a worker would import the main module of the run anew.
+        # One process: a worker would import the main module of the run again.
         prepare(data.synthetic_corpus, corpus, prepared, PrepareOptions(size=data.size, num_workers=1))
         logger.info("Prepared dataset: %s", prepared)
     else:

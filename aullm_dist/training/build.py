@@ -99,7 +99,7 @@ def build_model(
     relations = build_relations(aus) if model.structure else None
     _measure(llm, backbone, prompt)
     network = assemble(config, backbone, prompt, relations, scale=llm.scale, names=llm.names[prompt.aus])
-    # Types and prior are no parameters: without them a changed prior would load as another function in silence.
+    # Types and prior are no parameters: without them a changed prior would load as another function silently.
     model_config |= {"prompt": prompt.text, "relations": relations.describe() if relations else None}
     if relations is None:
         model_config["graph"] = None

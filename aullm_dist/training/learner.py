@@ -132,7 +132,7 @@ class Learners:
                 parameter.grad = None
         with interrupted_later():
             self._learner = None
-            # DistributedDataParallel hears of gradients of LoRA, which the next model has as well, as long as it lives.
+            # DistributedDataParallel records gradients of LoRA, which the next model has as well, as long as it lives.
             gc.collect()
 
     def _built(self, number: int) -> BuiltModel:

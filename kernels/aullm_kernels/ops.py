@@ -249,7 +249,7 @@ def _check_range(name: str, index: Tensor, size: int, *, fresh: bool = False) ->
         torch._assert_async(((index >= 0) & (index < size)).all())
         return
     # Through numpy where that is possible: in a profile an item of a tensor looks like a wait for the device. Tensors
-    # without values are of subclasses, which have no numpy.
+    # of shapes alone are of subclasses, which have no numpy.
     values = index.numpy() if index.is_cpu and type(index) is Tensor else index
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= size:

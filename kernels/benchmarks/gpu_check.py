@@ -53,7 +53,7 @@ def run(name: str, command: list[str], log: Path, seconds: float) -> str:
     """Run a command, append its output to the log and return one line: the verdict, the time and what it said last."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(_paths()), "PYTHONUNBUFFERED": "1"}
     if name.partition("-")[0] in TOOLS:
-        # Each tensor is an allocation of its own, so that an access beside it shows.
+        # Each tensor is an allocation of its own, so that an access outside it shows.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     start = time.monotonic()
     with log.open("a+", errors="replace") as output:

@@ -3,8 +3,10 @@
 import argparse
 import ast
 import functools
+import io
 import re
 import shlex
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,6 +86,33 @@ def test_messages_and_docstrings_use_the_words_of_the_list():
         if _pattern().search(re.sub(r"\s+", " ", re.sub(r'"\s+f?"', "", source))):
             hits += [hit for text in _strings(ast.parse(source)) for hit in _hits(path, text)]
     assert not hits, "\n".join(hits)
+
+
+def _comments(source: str) -> Iterator[str]:
+    """Yield the comments of a module, each block of lines in one piece."""
+    block: list[str] = []
+    last = 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            if token.start[0] != last + 1 and block:
+                yield " ".join(block)
+                block = []
+            block.append(token.string.lstrip("# "))
+            last = token.start[0]
+    yield " ".join(block)
+
+
+def test_comments_use_the_words_of_the_list():
+    hits = []
+    for path, source in [*_sources(), *_benchmarks()]:
+        if _pattern().search(re.sub(r"\s+#?\s*", " ", source)):
+            hits += [hit for text in _comments(source) for hit in _hits(path, text)]
+    assert not hits, "\n".join(hits)
+
+
+def _benchmarks() -> Iterator[tuple[str, str]]:
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
 
 
 def _documents() -> Iterator[Path]:

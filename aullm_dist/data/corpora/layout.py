@@ -84,7 +84,7 @@ def find_frames_root(
     # min() keeps the first of equals, and the search went level by level.
     chosen = min(candidates, key=lambda folder: order.get(folder.name.casefold(), len(order)))
     for folder in candidates:
-        # Beside a folder of a known name, others are parts of other trees, such as MMEW's macro-expressions.
+        # Next to a folder of a known name, others are parts of other trees, such as MMEW's macro-expressions.
         if folder != chosen and (folder.name.casefold() in order or chosen.name.casefold() not in order):
             notes_to(str(folder), f"not used: the frames are read from {chosen}; give this folder as --root to use it")
     return chosen

@@ -72,7 +72,7 @@ def load_in_pieces(
         model.config.quantization_config = quantization
     values = placement.together(lambda: values_in_files(model, files, source))
     dtypes = dtypes_of(model, dtype)
-    # Before any weight is there: the library's function would draw those of a module anew.
+    # Before any weight is there: the library's function would draw those of a module again.
     fill_buffers(model, placement.device)
     load_buffers(model, values, files, dtypes, placement.device)
     total = sum(found.nbytes for found in values.values())

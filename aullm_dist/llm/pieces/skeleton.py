@@ -22,7 +22,7 @@ class NeverCalled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # Some library functions that fill a model anew ask any head for them.
+        # Some library functions that re-initialise a model ask any head for them.
         self.weight, self.bias = torch.empty(1, 1, device="meta"), None
 
     def forward(self, *_: object) -> Tensor:

@@ -201,7 +201,7 @@ def _converted(
     convert = _Conversion(model, name, converter, keys)
     wanted = model.state_dict()
     targets = [full for target in converter.target_patterns if (full := _full(name, target)) in wanted]
-    # Without values first: what does not fit together is to be said before anything is read.
+    # Shapes alone first: what does not fit together is to be said before anything is read.
     try:
         shapes = {full: tuple(part.shape) for full, part in convert.parts(_without_values(tensors)).items()}
         problem = ""
